@@ -1,0 +1,23 @@
+// The one symbol of this instruction set's library.
+#include "kernels.h"
+
+#define FT_STRING_(x) #x
+#define FT_STRING(x) FT_STRING_(x)
+
+namespace ft::FT_ISA {
+void attention_fwd(const AttentionParams&, const Parallel&);
+void attention_bwd(const AttentionGradParams&, const Parallel&);
+void norm_fwd(const NormParams&, const Parallel&);
+void norm_bwd(const NormGradParams&, const Parallel&);
+void linear_act_fwd(const LinearParams&, const Parallel&);
+void linear_act_bwd(const LinearGradParams&, const Parallel&);
+void mlp_fwd(const MlpParams&, const Parallel&);
+void mlp_bwd(const MlpGradParams&, const Parallel&);
+}  // namespace ft::FT_ISA
+
+namespace isa = ft::FT_ISA;
+
+const ft::Kernels ft_cpu_kernels = {
+    FT_STRING(FT_ISA),   isa::attention_fwd,  isa::attention_bwd, isa::norm_fwd, isa::norm_bwd,
+    isa::linear_act_fwd, isa::linear_act_bwd, isa::mlp_fwd,       isa::mlp_bwd,
+};

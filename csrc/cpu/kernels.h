@@ -1,0 +1,24 @@
+// The table that each instruction set's library exports: its only symbol is `ft_cpu_kernels`.
+#pragma once
+#include "../common/attention.h"
+#include "../common/mlp.h"
+#include "../common/norm.h"
+#include "../common/parallel.h"
+
+namespace ft {
+
+struct Kernels {
+  const char* isa;
+  void (*attention_fwd)(const AttentionParams&, const Parallel&);
+  void (*attention_bwd)(const AttentionGradParams&, const Parallel&);
+  void (*norm_fwd)(const NormParams&, const Parallel&);
+  void (*norm_bwd)(const NormGradParams&, const Parallel&);
+  void (*linear_act_fwd)(const LinearParams&, const Parallel&);
+  void (*linear_act_bwd)(const LinearGradParams&, const Parallel&);
+  void (*mlp_fwd)(const MlpParams&, const Parallel&);
+  void (*mlp_bwd)(const MlpGradParams&, const Parallel&);
+};
+
+}  // namespace ft
+
+extern "C" __attribute__((visibility("default"))) const ft::Kernels ft_cpu_kernels;

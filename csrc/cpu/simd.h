@@ -1,0 +1,243 @@
+// A small vector type on the GCC/Clang vector extensions: the kernels are written once over it and
+// compiled once per instruction set. Intrinsics appear only where the language has no word for an
+// operation (max with x86's NaN rule, conversions, the bf16 dot product).
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../common/types.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define FT_INLINE inline __attribute__((always_inline))
+
+namespace ft::FT_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+inline constexpr int kWidth = 8;
+#else
+inline constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kWidth)));
+typedef int32_t IVec __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t UVec __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t HVec __attribute__((vector_size(2 * kWidth)));  // 16-bit storage of one Vec
+typedef uint64_t U64Vec __attribute__((vector_size(4 * kWidth)));
+
+FT_INLINE Vec broadcast(float x) { return x - Vec{}; }  // x - 0 is x, so only the broadcast is left
+FT_INLINE Vec zero() { return Vec{}; }
+
+template <typename V>
+FT_INLINE V load_bits(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <typename V>
+FT_INLINE void store_bits(void* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+template <typename To, typename From>
+FT_INLINE To as(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  return load_bits<To>(&v);
+}
+
+FT_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // contracted where the machine can
+FT_INLINE Vec select(IVec mask, Vec yes, Vec no) { return mask ? yes : no; }
+
+// Where one operand is NaN the second is returned, on every machine.
+FT_INLINE Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (Vec)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+FT_INLINE Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (Vec)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+FT_INLINE Vec abs(Vec a) { return as<Vec>(as<UVec>(a) & 0x7fffffffu); }
+
+// Horizontal reductions in one fixed order: halves, quarters, …
+FT_INLINE float sum(Vec v) {
+  float t[kWidth];
+  store_bits(t, v);
+  for (int step = kWidth / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) t[i] += t[i + step];
+  }
+  return t[0];
+}
+FT_INLINE float max_of(Vec v) {
+  float t[kWidth];
+  store_bits(t, v);
+  for (int step = kWidth / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) t[i] = t[i] > t[i + step] ? t[i] : t[i + step];
+  }
+  return t[0];
+}
+
+// Lane numbers 0, 1, 2, … and the mask of the lanes below n.
+FT_INLINE IVec lane_numbers() {
+  IVec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = i;
+  return v;
+}
+FT_INLINE IVec lanes_below(int64_t n) {
+  const int32_t clipped = n < 0 ? 0 : n > kWidth ? kWidth : static_cast<int32_t>(n);
+  return lane_numbers() < clipped;
+}
+
+// ---- Storage formats: load as float, store from float (round to nearest, ties to even).
+
+FT_INLINE Vec to_float(HVec v, bf16) {
+  return as<Vec>(__builtin_convertvector(v, UVec) << 16);
+}
+FT_INLINE HVec from_float(Vec v, bf16) {
+#if defined(__AVX512BF16__)
+  return (HVec)_mm512_cvtneps_pbh((__m512)v);
+#else
+  const UVec bits = as<UVec>(v);
+  const UVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const UVec quiet_nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector(v == v ? rounded : quiet_nan, HVec);
+#endif
+}
+
+FT_INLINE Vec to_float(HVec v, fp16) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps((__m256i)v);
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps((__m128i)v);
+#elif defined(__aarch64__)
+  return (Vec)vcvt_f32_f16((float16x4_t)v);
+#else
+  // Shift the fields into place and let one exact product move the exponent's bias (it makes
+  // subnormals normal too); infinities and NaN get the largest exponent back.
+  const UVec bits = __builtin_convertvector(v, UVec);
+  const UVec magnitude = (bits & 0x7fffu) << 13;
+  Vec f = as<Vec>(magnitude) * 0x1p112f;
+  f = as<Vec>(as<UVec>(f) | (magnitude >= (0x7c00u << 13) ? UVec{} + 0x7f800000u : UVec{}));
+  return as<Vec>(as<UVec>(f) | ((bits & 0x8000u) << 16));
+#endif
+}
+FT_INLINE HVec from_float(Vec v, fp16) {
+#if defined(__AVX512F__)
+  return (HVec)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (HVec)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+  return (HVec)vcvt_f16_f32((float32x4_t)v);
+#else
+  const UVec bits = as<UVec>(v), sign = bits & 0x80000000u, magnitude = bits ^ sign;
+  // Normal results: move the bias and round in integers; a carry into the exponent is right.
+  const UVec normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal results: adding 0.5 aligns the mantissa, and the adder rounds.
+  const UVec subnormal = as<UVec>(as<Vec>(magnitude) + 0.5f) - 0x3f000000u;
+  UVec half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= (143u << 23) ? UVec{} + 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? UVec{} + 0x7e00u : half;
+  return __builtin_convertvector(half | (sign >> 16), HVec);
+#endif
+}
+
+FT_INLINE Vec load(const float* p) { return load_bits<Vec>(p); }
+FT_INLINE void store(float* p, Vec v) { store_bits(p, v); }
+template <typename T>
+FT_INLINE Vec load(const T* p) {
+  return to_float(load_bits<HVec>(p), T{});
+}
+template <typename T>
+FT_INLINE void store(T* p, Vec v) {
+  store_bits(p, from_float(v, T{}));
+}
+
+// The first n elements (0 <= n <= kWidth): memory beyond them is neither read nor written, lanes
+// beyond them are zero.
+template <typename T>
+FT_INLINE Vec load(const T* p, int64_t n) {
+  if (n >= kWidth) return load(p);
+#if defined(__AVX512F__)
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (sizeof(T) == 4) {
+    return (Vec)_mm512_maskz_loadu_ps(mask, p);
+  } else {
+    return to_float((HVec)_mm256_maskz_loadu_epi16(mask, p), T{});
+  }
+#else
+  T t[kWidth] = {};
+  std::memcpy(t, p, n * sizeof(T));
+  return load(t);
+#endif
+}
+template <typename T>
+FT_INLINE void store(T* p, Vec v, int64_t n) {
+  if (n >= kWidth) return store(p, v);
+#if defined(__AVX512F__)
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, mask, (__m512)v);
+  } else {
+    _mm256_mask_storeu_epi16(p, mask, (__m256i)from_float(v, T{}));
+  }
+#else
+  T t[kWidth];
+  store(t, v);
+  std::memcpy(p, t, n * sizeof(T));
+#endif
+}
+
+// ---- exp2(x) for x <= 127, on 2^x = 2^n 2^f with n = round(x) and |f| <= 1/2.
+//
+// kDegree 5: the minimax polynomial of 2^f, relative error 7.6e-8 in exact arithmetic, under 1.5 ulp
+// as computed. kDegree 3: 7.5e-5, a fiftieth of bf16's rounding, for what is rounded to bf16 at once.
+// Below -126.5 the result is exactly 0, so masked scores (-inf) contribute nothing.
+template <int kDegree = 5>
+FT_INLINE Vec exp2(Vec x) {
+  static_assert(kDegree == 3 || kDegree == 5);
+  // Adding 1.5 * 2^23 rounds to an integer and leaves n + 127 in the low bits: with n = -127 the
+  // exponent field is 0, which is the float 0.
+  constexpr float kMagic = 0x1.8p23f + 127.0f;
+  x = max(broadcast(-127.0f), x);  // in this order a NaN stays one
+  const Vec shifted = x + kMagic;
+  const Vec f = x - (shifted - kMagic);
+  const Vec power = as<Vec>(as<UVec>(shifted) << 23);
+  Vec p;
+  if constexpr (kDegree == 5) {
+    p = fma(broadcast(1.327645680e-03f), f, broadcast(9.675541213e-03f));
+    p = fma(p, f, broadcast(5.550713320e-02f));
+    p = fma(p, f, broadcast(2.402211973e-01f));
+    p = fma(p, f, broadcast(6.931469670e-01f));
+    p = fma(p, f, broadcast(1.0f));
+  } else {
+    p = fma(broadcast(5.517153641e-02f), f, broadcast(2.426111120e-01f));
+    p = fma(p, f, broadcast(6.932610099e-01f));
+    p = fma(p, f, broadcast(9.999280748e-01f));
+  }
+  return p * power;
+}
+
+inline constexpr float kLog2E = 1.44269504088896340736f;
+inline constexpr float kLn2 = 0.693147180559945309417f;
+
+}  // namespace ft::FT_ISA
