@@ -1,0 +1,41 @@
+"""Fused Transformer kernels for PyTorch: functions, modules, and a switch for existing models."""
+
+from fast_transformer.backends import backend, strict
+from fast_transformer.env import __version__, env
+from fast_transformer.ops import (
+    add_norm,
+    attention,
+    attention_varlen,
+    layer_norm,
+    linear_act,
+    mlp,
+)
+
+__all__ = [
+    "__version__",
+    "accelerate",
+    "add_norm",
+    "attention",
+    "attention_varlen",
+    "backend",
+    "env",
+    "explain",
+    "layer_norm",
+    "linear_act",
+    "mlp",
+    "nn",
+    "restore",
+    "strict",
+]
+
+_LAZY = ("accelerate", "explain", "restore")  # their module knows of transformers, when it is there
+
+
+def __getattr__(name: str):
+    from importlib import import_module
+
+    if name == "nn":
+        return import_module("fast_transformer.nn")
+    if name in _LAZY:
+        return getattr(import_module("fast_transformer.integrations"), name)
+    raise AttributeError(f"module 'fast_transformer' has no attribute {name!r}")

@@ -1,0 +1,11 @@
+"""The public functions: check the arguments, choose a backend, differentiate.
+
+A family's file holds its functions, its table of backends, its autograd.Function and the fakes of
+its C++ operators, in this order of a call's travel.
+"""
+
+from fast_transformer.ops.attention import attention, attention_varlen
+from fast_transformer.ops.mlp import linear_act, mlp
+from fast_transformer.ops.norm import add_norm, layer_norm
+
+__all__ = ["add_norm", "attention", "attention_varlen", "layer_norm", "linear_act", "mlp"]

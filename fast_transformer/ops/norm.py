@@ -1,0 +1,203 @@
+"""Layer normalisation, alone and fused with the residual step before it."""
+
+import torch
+from torch import Tensor
+
+from fast_transformer import reference
+from fast_transformer.backends import Backend, choose
+from fast_transformer.ops import arguments, cpu
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """(x − mean) / √(variance + eps) · weight + bias over the last dimension, Ba et al. 2016.
+
+    Args:
+        x: (..., C), float32, bfloat16, float16 or float64.
+        weight: (C,), x's dtype or float32.
+        bias: (C,), x's dtype or float32.
+        eps: added to the variance.
+
+    Returns:
+        x's shape and dtype, contiguous; statistics are taken in float32.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. RuntimeError: see `backend`, `strict`.
+    """
+    _check("layer_norm", x, weight, bias, eps)
+    backend = choose("layer_norm", BACKENDS, (x, weight, bias))
+    if backend == "reference":
+        return reference.layer_norm(x, weight, bias, eps)
+    if torch.is_grad_enabled() and _needs_grad(x, weight, bias):
+        return _Norm.apply(backend, cpu.uniform_rows(x), None, weight, bias, None, eps, 0.0, False)
+    forward = BACKENDS[backend].forward
+    return forward(cpu.uniform_rows(x), None, weight, bias, None, eps, 0.0, False)[0]
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    norm: str = "layer_norm",
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    return_sum: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """norm(h) with h = residual + dropout(x), a Transformer's residual step in one pass.
+
+    Args:
+        x: (..., C), what the sublayer computed; float32, bfloat16, float16 or float64.
+        residual: x's shape and dtype (under autocast, both are taken to the wider dtype).
+        weight: (C,), x's dtype or float32.
+        bias: (C,), x's dtype or float32.
+        norm: "layer_norm".
+        eps: added to the variance.
+        dropout_p: probability in [0, 1] of dropping an element of x.
+        seed: 0-d int64 tensor from which dropout draws; by default a fresh one each call.
+        return_sum: return h too, for a pre-norm Transformer's next residual step.
+
+    Returns:
+        norm(h), or with return_sum (norm(h), h); both of x's shape and dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. RuntimeError: see `backend`, `strict`.
+    """
+    if norm != "layer_norm":
+        raise ValueError(f"add_norm: norm is {norm!r}; accepted is 'layer_norm'.")
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        x, residual = _promote(x, residual)
+    _check("add_norm", x, weight, bias, eps)
+    arguments.like("add_norm", "residual", residual, "x", x)
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"add_norm: residual has shape {tuple(residual.shape)} but x has {tuple(x.shape)}; "
+            "they must match."
+        )
+    seed = arguments.dropout("add_norm", dropout_p, seed, x.device)
+    backend = choose("add_norm", BACKENDS, (x, residual, weight, bias, seed))
+    if backend == "reference":
+        out, total = reference.add_norm(
+            x, residual, weight, bias, eps=eps, dropout_p=dropout_p, seed=seed
+        )
+        return (out, total) if return_sum else out
+    x, residual = cpu.uniform_rows(x), cpu.uniform_rows(residual)
+    inputs = (x, residual, weight, bias, seed, eps, dropout_p, return_sum)
+    if torch.is_grad_enabled() and (residual.requires_grad or _needs_grad(x, weight, bias)):
+        return _Norm.apply(backend, *inputs)
+    out, total, _, _ = BACKENDS[backend].forward(*inputs)
+    return (out, total) if return_sum else out
+
+
+def _check(op, x, weight, bias, eps):
+    arguments.floating(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x has no dimension; it must have shape (..., C).")
+    if weight is not None:
+        _check_parameter(op, "weight", weight, x)
+    if bias is not None:
+        _check_parameter(op, "bias", bias, x)
+    if type(eps) is not float:
+        arguments.number(op, "eps", eps)
+    if eps < 0.0:
+        raise ValueError(f"{op}: eps is {eps}; it must not be negative.")
+
+
+def _check_parameter(op, name, parameter, x):
+    if not isinstance(parameter, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(parameter).__name__}.")
+    if parameter.dtype is not x.dtype and parameter.dtype is not torch.float32:
+        raise TypeError(
+            f"{op}: {name} has dtype {arguments.short(parameter.dtype)}; accepted are float32 and "
+            f"x's {arguments.short(x.dtype)}."
+        )
+    if parameter.dim() != 1 or parameter.size(0) != x.size(-1):
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(parameter.shape)}; x's last dimension asks for "
+            f"({x.shape[-1]},)."
+        )
+    arguments.same_device(op, name, parameter, "x", x)
+
+
+def _promote(x, residual):
+    """Under autocast a sublayer answers in the lower dtype: the sum takes the wider of the two."""
+    if isinstance(residual, Tensor) and residual.is_floating_point() and x.is_floating_point():
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        return x.to(dtype), residual.to(dtype)
+    return x, residual
+
+
+def _needs_grad(x, weight, bias):
+    return (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
+
+
+_forward, _backward = cpu.operator("norm_fwd"), cpu.operator("norm_bwd")
+
+# forward(x, residual, weight, bias, seed, eps, dropout_p, save_sum) → out, sum, mean, rstd;
+# backward(grad_out, grad_sum, sum, mean, rstd, weight, seed, dropout_p, has_weight, has_bias)
+# → dresidual, dx, dweight, dbias
+BACKENDS = {
+    "cpu": Backend(_forward, _backward, cpu.unsupported),
+    "reference": Backend(reference.add_norm, None, lambda tensors: None),
+}
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, x, residual, weight, bias, seed, eps, dropout_p, return_sum):
+        added = residual is not None
+        out, total, mean, rstd = BACKENDS[backend].forward(
+            x, residual, weight, bias, seed, eps, dropout_p, added
+        )
+        ctx.set_materialize_grads(False)
+        ctx.backend, ctx.added, ctx.dropout_p = backend, added, dropout_p
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(total if added else x, mean, rstd, weight, seed)
+        return (out, total) if return_sum else out
+
+    @staticmethod
+    @cpu.first_order("norm")
+    def backward(ctx, grad_out, grad_sum=None):
+        total, mean, rstd, weight, seed = ctx.saved_tensors
+        grad_out = torch.zeros_like(total) if grad_out is None else cpu.uniform_rows(grad_out)
+        if grad_sum is not None:
+            grad_sum = cpu.uniform_rows(grad_sum)
+        _, for_x, for_residual, for_weight, for_bias, *_ = ctx.needs_input_grad
+        dresidual, dx, dweight, dbias = BACKENDS[ctx.backend].backward(
+            grad_out, grad_sum, total, mean, rstd, weight, seed, ctx.dropout_p, for_weight, for_bias
+        )
+        if ctx.dropout_p == 0.0:
+            dx = dresidual
+        return (
+            None,
+            dx if for_x else None,
+            dresidual if for_residual else None,
+            dweight.to(weight.dtype) if for_weight else None,
+            dbias.to(ctx.bias_dtype) if for_bias else None,
+            *(None, None, None, None),
+        )
+
+
+@cpu.fake("norm_fwd")
+def _norm_fwd_fake(x, residual, weight, bias, seed, eps, dropout_p, save_sum):
+    row = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    total = x.new_empty(x.shape) if save_sum else x.new_empty(0)
+    return x.new_empty(x.shape), total, row, torch.empty_like(row)
+
+
+@cpu.fake("norm_bwd")
+def _norm_bwd_fake(
+    grad_out, grad_sum, total, mean, rstd, weight, seed, dropout_p, has_weight, has_bias
+):
+    def columns(wanted):
+        return grad_out.new_empty(total.shape[-1] if wanted else 0, dtype=torch.float32)
+
+    dx = total.new_empty(total.shape) if dropout_p > 0 else total.new_empty(0)
+    return total.new_empty(total.shape), dx, columns(has_weight), columns(has_bias)

@@ -1,0 +1,11 @@
+"""What every op means, in plain PyTorch: differentiable, on any device, at any dtype.
+
+Matrix products run at the inputs' dtype; softmax, statistics and dropout at float32 or wider.
+These functions check nothing: `fast_transformer.ops` does, before it calls them.
+"""
+
+from fast_transformer.reference.attention import attention, attention_varlen
+from fast_transformer.reference.mlp import linear_act, mlp
+from fast_transformer.reference.norm import add_norm, layer_norm
+
+__all__ = ["add_norm", "attention", "attention_varlen", "layer_norm", "linear_act", "mlp"]

@@ -1,0 +1,30 @@
+"""Layer normalisation, alone and behind a residual connection with dropout."""
+
+import torch
+
+from fast_transformer.reference.philox import dropout
+
+
+def layer_norm(x, weight=None, bias=None, eps=1e-5):
+    """(x − mean) / √(variance + eps) · weight + bias over the last dimension, Ba et al. 2016.
+
+    x: (..., C); weight, bias: (C,), x's dtype or float32. Returns x's shape and dtype.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        normed = normed * weight
+    if bias is not None:
+        normed = normed + bias
+    return normed.to(x.dtype)
+
+
+def add_norm(x, residual, weight=None, bias=None, *, eps=1e-5, dropout_p=0.0, seed=None):
+    """layer_norm(h) and h = residual + dropout(x), h rounded to x's dtype.
+
+    x, residual: (..., C) of one dtype. Dropout counts the rows of x in order.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h = (residual.to(wide) + dropout(x.to(wide), dropout_p, seed)).to(x.dtype)
+    return layer_norm(h, weight, bias, eps), h
