@@ -1,0 +1,80 @@
+// The operators' schemas, and the instruction set that serves them. What a family does with its
+// tensors is in <family>.cpp beside this file, registered there by STABLE_TORCH_LIBRARY_IMPL.
+//
+// An operator's arguments are checked in Python, where messages can name what the caller wrote.
+#include <dlfcn.h>
+
+#include <string>
+
+#include "tensor.h"
+
+namespace ft::bind {
+namespace {
+
+const Kernels* installed = nullptr;
+
+std::string isa() { return installed ? installed->isa : "none"; }
+
+// Opens one _cpu_<isa>.so. RTLD_LOCAL: the instruction sets share template names, and code compiled
+// for one must never be taken for another's. Never closed, since threads keep scratch memory of it.
+void load_kernels(std::string path) {
+  STD_TORCH_CHECK(installed == nullptr, "load_kernels: ", isa(), " kernels are loaded already");
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  STD_TORCH_CHECK(library != nullptr, "load_kernels: ", dlerror());
+  const void* table = dlsym(library, "ft_cpu_kernels");
+  STD_TORCH_CHECK(table != nullptr, "load_kernels: ", dlerror());
+  installed = static_cast<const Kernels*>(table);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  STD_TORCH_CHECK(installed != nullptr, "fast_transformer: no CPU kernels are loaded");
+  return *installed;
+}
+
+}  // namespace ft::bind
+
+STABLE_TORCH_LIBRARY(fast_transformer, m) {
+  // seed is given iff dropout_p > 0. bias and the sequences' bounds are as in common/attention.h.
+  m.def(
+      "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? key_starts, "
+      "Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, float scale, "
+      "bool causal, int? causal_offset, float dropout_p) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+      "Tensor out, Tensor lse, Tensor? bias, Tensor? key_starts, Tensor? key_lengths, "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, float scale, bool causal, "
+      "int? causal_offset, float dropout_p) -> (Tensor dq, Tensor dk, Tensor dv)");
+
+  m.def(
+      "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, float eps, "
+      "float dropout_p, bool save_sum) -> (Tensor out, Tensor sum, Tensor mean, Tensor rstd)");
+  m.def(
+      "norm_bwd(Tensor grad_out, Tensor? grad_sum, Tensor sum, Tensor mean, Tensor rstd, "
+      "Tensor? weight, Tensor? seed, float dropout_p, bool has_weight, bool has_bias) "
+      "-> (Tensor dresidual, Tensor dx, Tensor dweight, Tensor dbias)");
+
+  // activation: the codes of ft::Activation in common/mlp.h. What is not needed has no elements.
+  m.def(
+      "linear_act_fwd(Tensor x, Tensor weight, Tensor? bias, int activation, bool save_pre) "
+      "-> (Tensor y, Tensor pre)");
+  m.def(
+      "linear_act_bwd(Tensor grad_out, Tensor x, Tensor weight, Tensor pre, int activation, "
+      "bool need_dx, bool need_dw, bool need_db) -> (Tensor dx, Tensor dw, Tensor db)");
+  m.def(
+      "mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? seed, "
+      "int activation, float dropout_p, bool save_pre) -> (Tensor y, Tensor pre)");
+  m.def(
+      "mlp_bwd(Tensor grad_out, Tensor x, Tensor w1, Tensor w2, Tensor pre, Tensor? seed, "
+      "int activation, float dropout_p, bool need_dx, bool need_dw1, bool need_db1, bool need_dw2, "
+      "bool need_db2) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)");
+
+  m.def("isa() -> str");
+  m.def("load_kernels(str path) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fast_transformer, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&ft::bind::isa));
+  m.impl("load_kernels", TORCH_BOX(&ft::bind::load_kernels));
+}
