@@ -121,7 +121,8 @@ def _check_layer(op, x, source, features, weight_name, weight, bias_name, bias):
 
 
 def _code(op, activation):
-    if activation not in _CODES:
+    named = activation is None or isinstance(activation, str)
+    if not named or activation not in _CODES:
         raise ValueError(
             f"{op}: activation is {activation!r}; accepted are None, 'gelu', 'gelu_tanh', 'relu' "
             "and 'silu'."

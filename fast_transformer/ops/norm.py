@@ -1,5 +1,7 @@
 """Layer normalisation, alone and fused with the residual step before it."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -187,7 +189,7 @@ class _Norm(torch.autograd.Function):
 
 @cpu.fake("norm_fwd")
 def _norm_fwd_fake(x, residual, weight, bias, seed, eps, dropout_p, save_sum):
-    row = x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    row = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
     total = x.new_empty(x.shape) if save_sum else x.new_empty(0)
     return x.new_empty(x.shape), total, row, torch.empty_like(row)
 

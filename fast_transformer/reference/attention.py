@@ -23,7 +23,7 @@ def attention(
 
     query: (batch, heads, T, head_dim); key, value: (batch, heads, S, head_dim).
     causal: row i sees key j iff j ≤ i + causal_offset, which is S − T when not given; an int, or a
-    (batch,) tensor. key_starts, key_lengths: (batch,); keys outside [start, length) do not exist.
+    (batch, 1, 1, 1) tensor. key_starts, key_lengths: (batch,); outside [start, length) is no key.
     bias: bool (True = attend) or floating, broadcast to (batch, heads, T, S).
     Returns out like query, and lse (batch, heads, T), float32 or wider. A row that sees no key has
     out 0 and lse −inf, and sends no gradient.
@@ -51,9 +51,9 @@ def attention(
     if key_starts is not None or key_lengths is not None:
         scores = scores.masked_fill(~exists[:, None, None, :], -torch.inf)
     if causal:
-        offset = torch.as_tensor(S - T if causal_offset is None else causal_offset)
+        offset = S - T if causal_offset is None else causal_offset
         row = torch.arange(T, device=query.device)[:, None]
-        scores = scores.masked_fill(column > row + offset.view(-1, 1, 1, 1), -torch.inf)
+        scores = scores.masked_fill(column > row + offset, -torch.inf)
 
     # a row of −inf alone would turn NaN in softmax: it keeps zeros, and its results are replaced
     empty = (scores == -torch.inf).all(-1, keepdim=True)
@@ -78,7 +78,7 @@ def attention_varlen(
     """
     q_lengths, k_lengths = cu_seqlens_q.diff(), cu_seqlens_k.diff()
     if options.get("causal_offset") is None:
-        options["causal_offset"] = k_lengths - q_lengths
+        options["causal_offset"] = (k_lengths - q_lengths).view(-1, 1, 1, 1)
     out, lse = attention(
         _pad(query, cu_seqlens_q, max_seqlen_q),
         _pad(key, cu_seqlens_k, max_seqlen_k),
@@ -94,8 +94,7 @@ def attention_varlen(
 
 def _pad(x, cu_seqlens, max_seqlen):
     """(tokens, heads, head_dim) → (batch, heads, max_seqlen, head_dim), with zeros behind."""
-    position = torch.arange(max_seqlen, device=x.device)
-    token = cu_seqlens[:-1, None] + position
-    inside = token < cu_seqlens[1:, None]
-    padded = x[token.where(inside, 0)] if x.shape[0] else x.new_zeros(*token.shape, *x.shape[1:])
-    return padded.masked_fill(~inside[:, :, None, None], 0).transpose(1, 2)
+    token = cu_seqlens[:-1, None] + torch.arange(max_seqlen, device=x.device)
+    zero = x.shape[0]  # the row put behind the last token
+    token = token.where(token < cu_seqlens[1:, None], zero)
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[token].transpose(1, 2)

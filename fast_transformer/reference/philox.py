@@ -4,6 +4,8 @@ An element's fate is a function of (seed, batch, head, row, column) alone, so th
 every tile order and the backward pass draw the same mask without storing it.
 """
 
+import math
+
 import torch
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -72,5 +74,5 @@ def dropout(x, dropout_p, seed):
     if dropout_p == 0.0:
         return x
     columns = x.shape[-1]
-    keep = keep_mask(seed, dropout_p, 1, 1, x.shape[:-1].numel(), columns).view(x.shape)
+    keep = keep_mask(seed, dropout_p, 1, 1, math.prod(x.shape[:-1]), columns).view(x.shape)
     return x.masked_fill(~keep, 0.0) * keep_scale(dropout_p)

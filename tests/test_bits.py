@@ -1,0 +1,72 @@
+"""CPU results are the same bits at every run, thread count and place in a batch."""
+
+import pytest
+import torch
+
+import fast_transformer as ft
+from fast_transformer import testing
+
+CASES = [case for case in testing.CASES if case.use == "test"]
+WRT = ("query", "key", "value")
+
+
+def assert_same(got, expected):
+    for name, x in expected.items():
+        assert torch.equal(got[name], x), f"{name} differs in {int((got[name] != x).sum())} places"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.family}-{case.name}")
+def test_every_run_and_thread_count(cpu, threads, case):
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = case.inputs(dtype)
+        threads(1)
+        alone = testing.evaluate(case.op, inputs, case.wrt)
+        for count in (1, 2, 5):
+            threads(count)
+            assert_same(testing.evaluate(case.op, inputs, case.wrt), alone)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [[65, 3, 130], [1, 70], [333, 333, 12]], ids=str)
+def test_packed_is_alone(cpu, lengths, causal, dtype):
+    """A packed sequence gives bitwise what it gives alone, and what it gives behind padding."""
+    cu, longest = testing._offsets(lengths), max(lengths)
+    D = 40
+    q, k, v = (torch.randn(sum(lengths), 3, D).to(dtype) for _ in range(3))
+    weights = torch.randn(sum(lengths), 3, D).to(dtype)
+
+    def gradients(out, leaves, weights):
+        return (out.detach(), *torch.autograd.grad(out, leaves, weights))
+
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = ft.attention_varlen(*leaves, cu, cu, longest, longest, causal=causal)
+    packed = gradients(out, leaves, weights)
+    for b in range(len(lengths)):
+        span = slice(cu[b], cu[b + 1])
+        alone = [x.detach()[span].transpose(0, 1)[None].requires_grad_() for x in (q, k, v)]
+        out = ft.attention(*alone, causal=causal)
+        single = gradients(out, alone, weights[span].transpose(0, 1)[None])
+        for x, y in zip(packed, single, strict=True):
+            assert torch.equal(x[span].transpose(0, 1)[None], y)
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 65, 130])
+def test_a_batch_is_its_items(cpu, T, dtype):
+    inputs = {n: torch.randn(3, 2, T, 24).to(dtype) for n in WRT} | {"causal": True}
+    together = ft.attention(**inputs)
+    for b in range(3):
+        for h in range(2):
+            item = {n: inputs[n][b : b + 1, h : h + 1] for n in WRT} | {"causal": True}
+            assert torch.equal(ft.attention(**item), together[b : b + 1, h : h + 1])
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_length_is_what_counts_not_padding(cpu, dtype):
+    """key_lengths leaves the bits of a shorter key tensor, whatever the tensor's own length."""
+    q, k, v = (torch.randn(1, 2, n, 32).to(dtype) for n in (50, 400, 400))
+    for length in (1, 63, 130):
+        masked = ft.attention(q, k, v, key_lengths=torch.tensor([length]))
+        assert torch.equal(masked, ft.attention(q, k[:, :, :length], v[:, :, :length]))
