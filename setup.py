@@ -99,11 +99,20 @@ def write_if_changed(path, text):
 class Ninja:
     """A build.ninja in the making, and the run of it: what did not change is not rebuilt."""
 
-    def __init__(self, compiler, folder):
-        self.compiler, self.folder = compiler, folder
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, compiler, sanitize):
+        # Inside the tree even for an editable install, whose own folders are temporary.
+        names = ["native", sysconfig.get_platform(), sys.implementation.cache_tag, sanitize]
+        self.folder = Path("build", "-".join(filter(None, names)).replace(",", "-"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.compiler = compiler
+        self.flags = [flag for flag in COMMON if self.accepts([flag])]
+        self.link_flags, self.complete = [], ["-Wl,--no-undefined"]
+        if sanitize:  # whose symbols the process brings along
+            self.complete = []
+            self.flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1"]
+            self.link_flags += [f"-fsanitize={sanitize}"]
         self.lines = [
-            f"builddir = {folder}",
+            f"builddir = {self.folder}",
             "rule compile",
             f"  command = {compiler} -MD -MF $out.d $flags -c $in -o $out",
             "  description = $out",
@@ -119,18 +128,19 @@ class Ninja:
         command = [*self.compiler.split(), *flags, "-x", "c++", "-E", "/dev/null"]
         return subprocess.run(command, capture_output=True).returncode == 0
 
-    def library(self, name, folder, flags, link_flags, exports=""):
-        """One shared object; `exports`, if any, is its only visible symbol."""
+    def library(self, name, folder, flags, link_flags=(), exports=""):
+        """Build every .cpp in `folder` into one; `exports`, if any, is its only visible symbol."""
         script = self.folder / f"{name}.map"
         write_if_changed(script, f"{{ {exports and f'global: {exports}; '}local: *; }};\n")
-        link_flags = [f"-Wl,--version-script={script}", *link_flags]
+        link_flags = [f"-Wl,--version-script={script}", *self.link_flags, *link_flags]
         objects = []
         for source in sorted(Path(folder).glob("*.cpp")):
             objects.append(f"{self.folder}/{name}/{source.stem}.o")
-            self.lines += [f"build {objects[-1]}: compile {source}", f"  flags = {' '.join(flags)}"]
+            self.lines.append(f"build {objects[-1]}: compile {source}")
+            self.lines.append(f"  flags = {' '.join([*self.flags, *flags])}")
         output = self.folder / f"{name}.so"
-        self.lines += [f"build {output}: link {' '.join(objects)} | {script}"]
-        self.lines += [f"  flags = {' '.join(link_flags)}"]
+        self.lines.append(f"build {output}: link {' '.join(objects)} | {script}")
+        self.lines.append(f"  flags = {' '.join(link_flags)}")
         return output
 
     def run(self):
@@ -147,6 +157,38 @@ class Ninja:
         print(f"fast_transformer: native code built in {seconds:.1f} s", flush=True)
 
 
+def operators(ninja):
+    """_C.so: the operators, over torch's stable ABI."""
+    torch = find_torch()
+    if torch is None:
+        raise CompileError(f"fast_transformer: building needs torch>={OLDEST_TORCH} installed.")
+    flags = [*STABLE_ABI, f"-isystem '{torch}/include'"]
+    link = [f"-L'{torch}/lib'", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-ldl"]
+    link += ninja.complete
+    return ninja.library("_C", "csrc/bind", flags, link)
+
+
+def machine(ninja):
+    """_machine: an extension module over pybind11."""
+    import pybind11
+
+    version = (find_torch() / "version.py").read_text()
+    facts = {
+        "FLAGS": " ".join([*ninja.flags, *CPU]),
+        "TORCH": re.search(r"__version__ = '(.+?)'", version)[1],
+    }
+    flags = [f"""'-DFT_BUILD_{key}="{value}"'""" for key, value in facts.items()]
+    for folder in pybind11.get_include(), sysconfig.get_path("include"):
+        flags.append(f"-isystem '{folder}'")
+    return ninja.library("_machine", "csrc/machine", flags, ["-ldl"], "PyInit__machine")
+
+
+def kernels(ninja, isa, isa_flags):
+    """_cpu_<isa>.so: all kernels for one instruction set."""
+    flags = [*CPU, *isa_flags, f"-DFT_ISA={isa}", f"-DFT_ISA_{isa.upper()}"]
+    return ninja.library(f"_cpu_{isa}", "csrc/cpu", flags, ninja.complete, "ft_cpu_kernels")
+
+
 class BuildNative(build_ext):
     """Compiles with ninja and hands the libraries to setuptools."""
 
@@ -159,46 +201,13 @@ class BuildNative(build_ext):
 
     def build_extensions(self):
         """Build every library; ninja knows what is stale."""
-        sanitize = os.environ.get("FAST_TRANSFORMER_SANITIZE", "")
-        debug = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1"]
-        # Inside the tree even for an editable install, whose own folders are temporary.
-        names = ["native", sysconfig.get_platform(), sys.implementation.cache_tag, sanitize]
-        ninja = Ninja(COMPILER, Path("build", "-".join(filter(None, names)).replace(",", "-")))
-        flags = [flag for flag in COMMON if ninja.accepts([flag])]
-        flags += debug if sanitize else []
-        link = debug[:1] if sanitize else ["-Wl,--no-undefined"]
-
-        built = {}
+        ninja = Ninja(COMPILER, os.environ.get("FAST_TRANSFORMER_SANITIZE", ""))
+        built = {"_C": operators(ninja), "_machine": machine(ninja)}
         for isa, isa_flags in INSTRUCTION_SETS[platform.machine()].items():
-            name = f"_cpu_{isa}"
             if ninja.accepts(isa_flags):
-                define = [f"-DFT_ISA={isa}", f"-DFT_ISA_{isa.upper()}"]
-                built[name] = ninja.library(
-                    name, "csrc/cpu", [*flags, *CPU, *isa_flags, *define], link, "ft_cpu_kernels"
-                )
+                built[f"_cpu_{isa}"] = kernels(ninja, isa, isa_flags)
             else:
                 print(f"fast_transformer: leaving out {isa}, which {COMPILER} cannot compile for")
-
-        torch = find_torch()
-        if torch is None:
-            raise CompileError(f"fast_transformer: building needs torch>={OLDEST_TORCH} installed.")
-        torch_flags = [*STABLE_ABI, f"-isystem {torch}/include"]
-        torch_link = [f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-ldl"]
-        built["_C"] = ninja.library("_C", "csrc/bind", [*flags, *torch_flags], [*link, *torch_link])
-
-        import pybind11
-
-        facts = {
-            "FLAGS": " ".join([*flags, *CPU]),
-            "TORCH": re.search(r"__version__ = '(.+?)'", (torch / "version.py").read_text())[1],
-        }
-        machine_flags = [f"""'-DFT_BUILD_{key}="{value}"'""" for key, value in facts.items()]
-        for folder in pybind11.get_include(), sysconfig.get_path("include"):
-            machine_flags.append(f"-isystem {folder}")
-        built["_machine"] = ninja.library(
-            "_machine", "csrc/machine", [*flags, *machine_flags], ["-ldl"], "PyInit__machine"
-        )
-
         ninja.run()
         self.extensions = [e for e in self.extensions if e.name.split(".")[-1] in built]
         for extension in self.extensions:

@@ -17,6 +17,11 @@ struct Kernels {
   void (*linear_act_bwd)(const LinearGradParams&, const Parallel&);
   void (*mlp_fwd)(const MlpParams&, const Parallel&);
   void (*mlp_bwd)(const MlpGradParams&, const Parallel&);
+
+  // Of one core, a second: see peak.cpp.
+  double (*peak_flops)(DType);
+  double (*read_bandwidth)(int64_t bytes);
+  double (*copy_bandwidth)(int64_t bytes);
 };
 
 }  // namespace ft

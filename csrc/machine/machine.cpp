@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "features.h"
+#include "peaks.h"
 
 namespace py = pybind11;
 
@@ -31,5 +32,13 @@ PYBIND11_MODULE(_machine, m) {
         "Features that kernels may ask for, as both the processor and the system provide them.");
   m.def("supported_isas", &supported_isas,
         "Names of the instruction sets that this processor runs, best last.");
+
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();  // to measure many cores at once
+  m.def("peak_flops", &peak_flops, py::arg("isa"), py::arg("dtype"), unlocked,
+        "Floating-point operations a second of one core, on the kernels' own multiply-add.");
+  m.def("read_bandwidth", &read_bandwidth, py::arg("isa"), py::arg("bytes"), unlocked,
+        "Bytes a second that one core reads from a buffer of this size, again and again.");
+  m.def("copy_bandwidth", &copy_bandwidth, py::arg("isa"), py::arg("bytes"), unlocked,
+        "Bytes a second, read plus written, of one core that copies half of `bytes` to the other.");
   m.def("build_facts", &build_facts, "Compiler, flags and torch version of this build.");
 }
