@@ -15,7 +15,7 @@ NAN = float("nan")
 
 
 def draw(*shape, dtype=torch.float32, scale=1.0):
-    return (torch.randn(*shape) * scale).to(dtype)
+    return (torch.randn(shape) * scale).to(dtype)
 
 
 def qkv(B=2, H=2, T=9, S=13, D=16, dtype=torch.float32, scale=1.0):

@@ -142,6 +142,14 @@ def offsets(op: str, name: str, x: Tensor, tokens: int, longest: int, query: Ten
     return x.to(torch.int32)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return what torch.autocast lowers tensors like `x` to, or None where it is off."""
+    if not isinstance(x, Tensor) or x.is_meta:
+        return None
+    device = "cpu" if x.is_cpu else x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def lower(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast a floating tensor to autocast's dtype; float64 stays, as it does in PyTorch."""
     if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:

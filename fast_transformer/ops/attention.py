@@ -174,9 +174,9 @@ def attention_varlen(
 
 def _autocast(query, key, value, bias):
     """Cast floating inputs as torch.autocast asks, but leave a float32 bias its precision."""
-    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+    dtype = arguments.autocast_dtype(query)
+    if dtype is None:
         return query, key, value, bias
-    dtype = torch.get_autocast_dtype(query.device.type)
     query, key, value = (arguments.lower(x, dtype) for x in (query, key, value))
     if bias is not None and bias.dtype != torch.float32:
         bias = arguments.lower(bias, dtype)
@@ -258,7 +258,7 @@ def _run(backend, query, key, value, *rest):
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad
     ):
-        return _Attention.apply(backend, query, key, value, *rest)
+        return cpu.apply(_Attention, backend, query, key, value, *rest)
     return BACKENDS[backend].forward(query, key, value, *rest)
 
 

@@ -61,6 +61,13 @@ def uniform_rows(x: Tensor) -> Tensor:
     return x if rows and x.stride(-1) == 1 else x.contiguous()
 
 
+def apply(function: type[torch.autograd.Function], *arguments):
+    """Call `function.apply`, which Dynamo traces only where no tensor comes twice."""
+    if torch.compiler.is_compiling():
+        arguments = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in arguments)
+    return function.apply(*arguments)
+
+
 def first_order(op: str):
     """Make a backward raise a clear error when somebody differentiates it a second time."""
 

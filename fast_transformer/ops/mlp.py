@@ -37,7 +37,7 @@ def linear_act(
         return reference.linear_act(x, weight, bias, activation=activation)
     x, weight = cpu.uniform_rows(x), cpu.unit_stride(weight)
     if torch.is_grad_enabled() and _needs_grad(x, weight, bias):
-        return _LinearAct.apply(backend, x, weight, bias, code)
+        return cpu.apply(_LinearAct, backend, x, weight, bias, code)
     return LINEAR_BACKENDS[backend].forward(x, weight, bias, code, False)[0]
 
 
@@ -85,14 +85,14 @@ def mlp(
     x, w1, w2 = cpu.uniform_rows(x), cpu.unit_stride(w1), cpu.unit_stride(w2)
     inputs = (x, w1, b1, w2, b2, seed, code, dropout_p)
     if torch.is_grad_enabled() and (_needs_grad(x, w1, b1) or _needs_grad(x, w2, b2)):
-        return _Mlp.apply(backend, *inputs)
+        return cpu.apply(_Mlp, backend, *inputs)
     return MLP_BACKENDS[backend].forward(*inputs, False)[0]
 
 
 def _autocast(x, *parameters):
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+    dtype = arguments.autocast_dtype(x)
+    if dtype is None:
         return x, *parameters
-    dtype = torch.get_autocast_dtype(x.device.type)
     return arguments.lower(x, dtype), *(arguments.lower(p, dtype) for p in parameters)
 
 

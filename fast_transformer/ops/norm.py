@@ -32,7 +32,8 @@ def layer_norm(
     if backend == "reference":
         return reference.layer_norm(x, weight, bias, eps)
     if torch.is_grad_enabled() and _needs_grad(x, weight, bias):
-        return _Norm.apply(backend, cpu.uniform_rows(x), None, weight, bias, None, eps, 0.0, False)
+        x = cpu.uniform_rows(x)
+        return cpu.apply(_Norm, backend, x, None, weight, bias, None, eps, 0.0, False)
     forward = BACKENDS[backend].forward
     return forward(cpu.uniform_rows(x), None, weight, bias, None, eps, 0.0, False)[0]
 
@@ -70,7 +71,7 @@ def add_norm(
     """
     if norm != "layer_norm":
         raise ValueError(f"add_norm: norm is {norm!r}; accepted is 'layer_norm'.")
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    if arguments.autocast_dtype(x) is not None:
         x, residual = _promote(x, residual)
     _check("add_norm", x, weight, bias, eps)
     arguments.like("add_norm", "residual", residual, "x", x)
@@ -89,7 +90,7 @@ def add_norm(
     x, residual = cpu.uniform_rows(x), cpu.uniform_rows(residual)
     inputs = (x, residual, weight, bias, seed, eps, dropout_p, return_sum)
     if torch.is_grad_enabled() and (residual.requires_grad or _needs_grad(x, weight, bias)):
-        return _Norm.apply(backend, *inputs)
+        return cpu.apply(_Norm, backend, *inputs)
     out, total, _, _ = BACKENDS[backend].forward(*inputs)
     return (out, total) if return_sum else out
 
