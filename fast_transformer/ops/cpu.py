@@ -73,7 +73,7 @@ def first_order(op: str):
 
     def decorate(backward):
         def guarded(ctx, *grads):
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return backward(ctx, *grads)
             with torch.no_grad():
                 results = backward(ctx, *grads)
