@@ -84,7 +84,9 @@ def find_compiler():
         for name in [named] if named else ["c++", "g++", "clang++"]:
             if shutil.which(name.split()[0]):
                 return name, None
-        reason = f"there is no C++ compiler ({f'CXX={named}' if named else 'c++, g++, clang++'})"
+        if named:
+            raise SystemExit(f"CXX is {named!r}, and there is no such compiler.")
+        reason = "there is no C++ compiler (c++, g++, clang++)"
     if wish == "1":
         raise SystemExit(f"FAST_TRANSFORMER_BUILD=1, but {reason}.")
     return None, reason
