@@ -1,5 +1,7 @@
 """Fused Transformer kernels for PyTorch: functions, modules, and a switch for existing models."""
 
+from typing import Any
+
 from fast_transformer.backends import backend, strict
 from fast_transformer.env import __version__, env
 from fast_transformer.ops import (
@@ -31,7 +33,7 @@ __all__ = [
 _LAZY = ("accelerate", "explain", "restore")  # their module knows of transformers, when it is there
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name == "nn":

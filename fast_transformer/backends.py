@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 
@@ -21,8 +21,8 @@ class Backend(NamedTuple):
     unsupported: answers None, or the reason why this call must go elsewhere.
     """
 
-    forward: Callable
-    backward: Callable | None
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None
     unsupported: Callable[..., str | None]
 
 
@@ -51,7 +51,7 @@ class _Choice(threading.local):
 _choice = _Choice()
 
 
-def choose(op: str, table: dict[str, Backend], *arguments) -> str:
+def choose(op: str, table: dict[str, Backend], *arguments: object) -> str:
     """Return the name of the backend in `table` that runs this call.
 
     Raises RuntimeError when a forced backend cannot, or when only the reference could in strict

@@ -3,6 +3,7 @@
 import importlib.util
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ except PackageNotFoundError:  # a source tree that nobody installed
     __version__ = "0+unknown"
 
 
-def env() -> dict[str, object]:
+def env() -> dict[str, Any]:
     """Return what a bug report needs: versions, instruction sets, backends, threads, the build.
 
     "isa" is the instruction set in use, "isas" those to choose from by FAST_TRANSFORMER_ISA.

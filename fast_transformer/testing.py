@@ -63,6 +63,7 @@ class AttentionCase:
             options["bias"] = torch.rand(T, S, generator=random) < 0.7
         elif self.bias == "padding":
             options["bias"] = torch.rand(B, 1, 1, S, generator=random) < 0.7
+        shapes: list[tuple[int, ...]] = [(B, H, T, D), (B, H, S, D), (B, H, S, D)]
         if self.padding == "right":
             options["key_lengths"] = torch.tensor(_lengths(B, S, self.fill))
         elif self.padding == "left":
@@ -72,8 +73,6 @@ class AttentionCase:
             options |= {"max_seqlen_q": T, "max_seqlen_k": S}
             options |= {"cu_seqlens_q": _offsets(q), "cu_seqlens_k": _offsets(k)}
             shapes = [(sum(q), H, D), (sum(k), H, D), (sum(k), H, D)]
-        if self.padding != "varlen":
-            shapes = [(B, H, T, D), (B, H, S, D), (B, H, S, D)]
         tensors = [torch.randn(shape, generator=random).to(dtype) for shape in shapes]
         return dict(zip(self.wrt, tensors, strict=True)) | options
 
@@ -253,10 +252,13 @@ def _norm_benches() -> Iterable[NormCase]:
 
 
 def _mlp_tests() -> Iterable[MlpCase]:
-    for shape in ((1, 1, 1), (3, 5, 7), (63, 65, 33), (1, 384, 197), (130, 77, 127), (9, 600, 80)):
-        yield MlpCase("linear-" + "x".join(map(str, shape)), "test", shape)
-    for shape in ((1, 1, 1, 1), (2, 3, 7, 5), (65, 33, 63, 127), (1, 384, 1536, 384)):
-        yield MlpCase("mlp-" + "x".join(map(str, shape)), "test", shape)
+    shapes: list[tuple[int, ...]] = [
+        (1, 1, 1), (3, 5, 7), (63, 65, 33), (1, 384, 197), (130, 77, 127), (9, 600, 80),
+        (1, 1, 1, 1), (2, 3, 7, 5), (65, 33, 63, 127), (1, 384, 1536, 384),
+    ]  # fmt: skip
+    for shape in shapes:
+        op = "linear" if len(shape) == 3 else "mlp"
+        yield MlpCase(f"{op}-" + "x".join(map(str, shape)), "test", shape)
     for activation in (None, "gelu", "gelu_tanh", "relu", "silu"):
         yield MlpCase(f"linear-{activation}", "test", (37, 40, 50), activation)
         yield MlpCase(f"linear-{activation}-plain", "test", (5, 40, 50), activation, biased=False)

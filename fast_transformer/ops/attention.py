@@ -1,5 +1,7 @@
 """Scaled dot-product attention on batches and on packed sequences."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def attention(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:  # a pair on request
     """softmax(Q Kᵀ · scale + bias) V, Vaswani et al. 2017, eq. 1, with dropout on the softmax.
 
     Args:
@@ -101,7 +103,7 @@ def attention_varlen(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:  # a pair on request
     """`attention` within each of the sequences that are packed one after another.
 
     Args:

@@ -1,5 +1,7 @@
 """What every C++ kernel on the CPU asks of a call, and how it meets the compiler."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -23,8 +25,11 @@ def fake(name: str):
     return torch.library.register_fake(f"fast_transformer::{name}")
 
 
-def unsupported(tensors: tuple[Tensor | None, ...]) -> str | None:
-    """Answer why the CPU kernels cannot take these tensors, or None. The first one is not None."""
+def unsupported(tensors: tuple[Any, ...]) -> str | None:
+    """Answer why the CPU kernels cannot take these tensors, of which all but the first may be None.
+
+    The answer is None when they can.
+    """
     if _MISSING is not None:
         return _MISSING
     if tensors[0].dtype not in _DTYPES:

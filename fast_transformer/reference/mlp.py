@@ -1,13 +1,15 @@
 """A linear layer with an activation, and the Transformer's two-layer perceptron."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.nn.functional import gelu, linear, relu, silu
 
 from fast_transformer.reference.philox import dropout
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda x: x,
     "gelu": gelu,
     "gelu_tanh": partial(gelu, approximate="tanh"),
