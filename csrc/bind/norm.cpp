@@ -1,0 +1,113 @@
+// norm_fwd, norm_bwd: tensors in, params structs out. Their schemas are in library.cpp.
+#include "../common/norm.h"
+
+#include "tensor.h"
+
+namespace ft::bind {
+namespace {
+
+// weight or bias: (C,) of x's dtype or float32, copied where it is not contiguous.
+OptionalTensor parameter(const char* op, const char* name, const OptionalTensor& t, const Tensor& x) {
+  if (!t) return t;
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(x.dim() - 1), op, ": ", name,
+                  " must have one element for each of x's channels");
+  STD_TORCH_CHECK(dtype(*t) == dtype(x) || dtype(*t) == DType::kFloat32, op, ": ", name,
+                  " must be float32 or of x's dtype");
+  return t->is_contiguous() ? t : OptionalTensor(torch::stable::contiguous(*t));
+}
+DType dtype_or(const OptionalTensor& t, DType absent) { return t ? dtype(*t) : absent; }
+
+void check_rows(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  bool same = t.dim() == like.dim() && scalar_type(t) == scalar_type(like);
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == like.size(i);
+  STD_TORCH_CHECK(same, op, ": ", name, " must have the shape and dtype of the rows it goes with");
+}
+void check_statistic(const char* name, const Tensor& t, int64_t rows) {
+  STD_TORCH_CHECK(dtype(t) == DType::kFloat32 && t.numel() == rows && t.is_contiguous(),
+                  "norm_bwd: ", name, " must hold one float32 for each row");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(Tensor x, OptionalTensor residual,
+                                                    OptionalTensor weight, OptionalTensor bias,
+                                                    OptionalTensor seed, double eps,
+                                                    double dropout_p, bool save_sum) {
+  STD_TORCH_CHECK(x.dim() >= 1, "norm_fwd: x must have at least one dimension");
+  STD_TORCH_CHECK(dtype(x) != DType::kBool, "norm_fwd: x must be a floating tensor");
+  if (residual) check_rows("norm_fwd", "residual", *residual, x);
+  weight = parameter("norm_fwd", "weight", weight, x);
+  bias = parameter("norm_fwd", "bias", bias, x);
+
+  const int64_t rows = row_count(x), channels = x.size(x.dim() - 1);
+  const int32_t type = scalar_type(x), float32 = aoti_torch_dtype_float32();
+  Tensor out = empty_rows(x, channels, type);
+  Tensor sum = save_sum ? empty_rows(x, channels, type) : nothing(type);
+  Tensor mean = empty({rows}, float32), rstd = empty({rows}, float32);
+
+  NormParams p;
+  p.dtype = dtype(x);
+  p.weight_dtype = dtype_or(weight, p.dtype);
+  p.bias_dtype = dtype_or(bias, p.dtype);
+  p.rows = rows;
+  p.channels = channels;
+  p.x = rows_view(x);
+  p.residual = rows_view(residual);
+  p.weight = data(weight);
+  p.bias = data(bias);
+  p.out = rows_view(out);
+  p.sum = rows_view_or_none(sum, save_sum);
+  p.mean = mutable_data<float>(mean);
+  p.rstd = mutable_data<float>(rstd);
+  p.eps = static_cast<float>(eps);
+  p.dropout = dropout(dropout_p, seed);
+  kernels().norm_fwd(p, torch_threads());
+  return {out, sum, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(Tensor grad_out, OptionalTensor grad_sum,
+                                                    Tensor sum, Tensor mean, Tensor rstd,
+                                                    OptionalTensor weight, OptionalTensor seed,
+                                                    double dropout_p, bool has_weight,
+                                                    bool has_bias) {
+  STD_TORCH_CHECK(sum.dim() >= 1, "norm_bwd: sum must have at least one dimension");
+  STD_TORCH_CHECK(dtype(sum) != DType::kBool, "norm_bwd: sum must be a floating tensor");
+  const int64_t rows = row_count(sum), channels = sum.size(sum.dim() - 1);
+  check_rows("norm_bwd", "grad_out", grad_out, sum);
+  if (grad_sum) check_rows("norm_bwd", "grad_sum", *grad_sum, sum);
+  check_statistic("mean", mean, rows);
+  check_statistic("rstd", rstd, rows);
+  weight = parameter("norm_bwd", "weight", weight, sum);
+
+  const int32_t type = scalar_type(sum), float32 = aoti_torch_dtype_float32();
+  const bool has_dx = dropout_p != 0.0;
+  Tensor dresidual = empty_rows(sum, channels, type);
+  Tensor dx = has_dx ? empty_rows(sum, channels, type) : nothing(type);
+  Tensor dweight = has_weight ? empty({channels}, float32) : nothing(float32);
+  Tensor dbias = has_bias ? empty({channels}, float32) : nothing(float32);
+
+  NormGradParams p;
+  p.dtype = dtype(sum);
+  p.weight_dtype = dtype_or(weight, p.dtype);
+  p.rows = rows;
+  p.channels = channels;
+  p.grad_out = rows_view(grad_out);
+  p.grad_sum = rows_view(grad_sum);
+  p.sum = rows_view(sum);
+  p.mean = mutable_data<float>(mean);
+  p.rstd = mutable_data<float>(rstd);
+  p.weight = data(weight);
+  p.dresidual = rows_view(dresidual);
+  p.dx = rows_view_or_none(dx, has_dx);
+  p.dweight = has_weight ? mutable_data<float>(dweight) : nullptr;
+  p.dbias = has_bias ? mutable_data<float>(dbias) : nullptr;
+  p.dropout = dropout(dropout_p, seed);
+  kernels().norm_bwd(p, torch_threads());
+  return {dresidual, dx, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace ft::bind
+
+STABLE_TORCH_LIBRARY_IMPL(fast_transformer, CPU, m) {
+  m.impl("norm_fwd", TORCH_BOX(&ft::bind::norm_fwd));
+  m.impl("norm_bwd", TORCH_BOX(&ft::bind::norm_bwd));
+}
