@@ -331,3 +331,27 @@ def test_any_shape_and_mask(kernels, dtype, data):
         inputs["dropout_p"] = data.draw(st.sampled_from([0.1, 0.5, 0.9, 1.0]))
         inputs["seed"] = torch.tensor(data.draw(integers(0, 2**63 - 1)))
     testing.check("attention", inputs, ("query", "key", "value"))
+
+
+@given(data=st.data())
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_any_packing(kernels, dtype, data):
+    k_lengths = data.draw(st.lists(st.integers(0, 100), min_size=1, max_size=5))
+    size = len(k_lengths)
+    others = st.lists(st.integers(0, 100), min_size=size, max_size=size)
+    q_lengths = k_lengths if data.draw(st.booleans()) else data.draw(others)
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    H, D = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([1, 8, 24, 40, 64]))
+    T, S = max(q_lengths), max(k_lengths)
+    inputs = {"query": draw(sum(q_lengths), H, D, dtype=dtype)}
+    inputs |= {name: draw(sum(k_lengths), H, D, dtype=dtype) for name in ("key", "value")}
+    inputs |= {"max_seqlen_q": T, "max_seqlen_k": S, "return_lse": True}
+    inputs |= {"cu_seqlens_q": testing._offsets(q_lengths)}
+    inputs |= {"cu_seqlens_k": testing._offsets(k_lengths).int()}
+    inputs["causal"] = data.draw(st.booleans())
+    if data.draw(st.booleans()):
+        shape = [data.draw(st.sampled_from([1, n])) for n in (size, H, T, S)]
+        inputs["bias"] = draw(*shape, dtype=dtype)
+    if data.draw(st.booleans()):
+        inputs |= {"dropout_p": 0.3, "seed": torch.tensor(data.draw(st.integers(0, 2**63 - 1)))}
+    testing.check("attention_varlen", inputs, ("query", "key", "value"))
