@@ -8,10 +8,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from benchmarks import bench_attention, bench_calls, bench_mlp, bench_models, bench_norm
 from benchmarks.contest import DTYPES, Result, compete, grid, with_compiled
-from benchmarks.limits import part_of_limit
-from fast_transformer.timing import Timing, conditions, interleaved, steady
+from fast_transformer.timing import (
+    Timing,
+    conditions,
+    copy_rate,
+    interleaved,
+    peak_flops,
+    steady,
+)
 
 OPS = {suite.SUITE: suite for suite in (bench_attention, bench_norm, bench_mlp)}
 SUITES = [*OPS, bench_calls.SUITE, bench_models.SUITE]
@@ -65,14 +73,27 @@ def show(r: Result) -> None:
     ours, best = r.timings["ours"], r.timings[r.best]
     line = f"{name} {_time(ours):>16} {r.best:>9} {_time(best):>16} {r.ratio:5.2f}×"
     line += " (reference)" if r.backend == "reference" else ""
-    rate, part = part_of_limit(r.dtype, r.flops, r.bytes, ours.median)
-    line += f"  {rate:>13}" if rate else ""
-    line += f" {part:4.0%} of the limit" if part else ""
+    line += limit(r)
     if r.error or r.plain_error:
         line += f"  error {r.error:.1e} (plain {r.plain_error:.1e})"
     if budget := bench_calls.BUDGET.get(r.case) if r.suite == bench_calls.SUITE else None:
         line += f"  {(ours.median - best.median) * 1e6:+.1f} µs, budget {budget * 1e6:+.0f} µs"
     print(line, flush=True)
+
+
+def limit(r: Result) -> str:
+    """The rate of ours, and the part that it is of what all threads could do."""
+    seconds, threads = r.timings["ours"].median, torch.get_num_threads()
+    if r.flops is not None:
+        rate, unit, peak = r.flops / seconds, "GFLOP/s", peak_flops(DTYPES[r.dtype])
+    elif r.bytes is not None:
+        # powers of two, so that shapes of about one size share a measurement
+        size = 1 << max(12, round(r.bytes / threads).bit_length())
+        rate, unit, peak = r.bytes / seconds, "GB/s", copy_rate(size)
+    else:
+        return ""
+    part = f" {rate / peak / threads:4.0%} of the limit" if peak else ""
+    return f"  {rate / 1e9:5.0f} {unit:7}{part}"
 
 
 def _time(timing: Timing) -> str:

@@ -2,10 +2,11 @@
 
 Two functions measured one after the other meet different clocks, caches and page tables; here each
 round calls every one of them once, in a new random order, and the figures are medians over rounds.
-The demo and the benchmarks both use this file.
+Beside a figure stands what the processor can do at best. The demo and the benchmarks use this file.
 """
 
 import ctypes
+import functools
 import gc
 import os
 import platform
@@ -101,6 +102,28 @@ def _measure(call: Callable[[], object], number: int) -> float:
     for _ in range(number):
         call()
     return (time.perf_counter() - start) / number
+
+
+@functools.cache
+def peak_flops(dtype: torch.dtype) -> float | None:
+    """FLOP/s that one core's registers allow the kernels; None without kernels."""
+    isa = env()["isa"]
+    if isa is None:
+        return None
+    from fast_transformer import _machine
+
+    return _machine.peak_flops(str(isa), str(dtype).removeprefix("torch."))
+
+
+@functools.cache
+def copy_rate(size: int) -> float | None:
+    """Bytes a second that one core reads and writes within `size` bytes; None without kernels."""
+    isa = env()["isa"]
+    if isa is None:
+        return None
+    from fast_transformer import _machine
+
+    return _machine.copy_bandwidth(str(isa), size)
 
 
 def conditions() -> dict[str, object]:

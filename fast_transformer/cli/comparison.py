@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ import fast_transformer as ft
 from fast_transformer.backends import record
 from fast_transformer.cli.encoder import Batch, hidden
 from fast_transformer.timing import Timing
+
+STOCK, SWAPPED = "transformers", "fast_transformer"
+ERROR_ALLOWED = 1e-5  # of fp32 unit vectors against the stock ones; both are off by some 1e-7
 
 Calls = dict[str, dict[str, int]]  # op -> backend -> how often
 
@@ -70,10 +73,21 @@ def calls(model: nn.Module, batch: Batch) -> Calls:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """The sentence that comes nearest to a query, and its cosine."""
+
+    query: str
+    side: str
+    sentence: str
+    cosine: float
+
+
+@dataclass(frozen=True)
 class Speed:
     """One batch through both models, side by side.
 
-    fill: the part of the batch that is text. tokens: its length, padding included.
+    fill: the part of the batch that is text. tokens: its length, padding included. flops: what
+    the text needs. core_peak: FLOP/s that a core's registers allow, or None where not known.
     """
 
     dtype: str
@@ -81,6 +95,8 @@ class Speed:
     fill: float
     sentences: int
     tokens: int
+    flops: float
+    core_peak: float | None
     stock: Timing
     ours: Timing
 
@@ -96,8 +112,52 @@ class Speed:
             timing = found[side]
             found[side] = {
                 "sentences_per_second": self.sentences / timing.median,
+                "flops_per_second": self.flops / timing.median,
                 "median_seconds": timing.median,
                 "spread": timing.spread,
                 "seconds": timing.seconds,
             }
         return found | {"ratio": self.ratio}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that the demo shows."""
+
+    conditions: dict[str, Any]
+    runs: int
+    agreements: dict[tuple[str, str], Agreement]  # (side, dtype)
+    answers: list[Answer]
+    speeds: list[Speed]
+    calls: dict[str, Calls]
+    explanation: str
+    restored: bool
+
+    def figures(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        return {
+            "conditions": self.conditions,
+            "runs": self.runs,
+            "agreement": {" ".join(key): asdict(a) for key, a in self.agreements.items()},
+            "answers": [asdict(answer) for answer in self.answers],
+            "speed": [speed.figures() for speed in self.speeds],
+            "calls": self.calls,
+            "explain": self.explanation,
+            "restored": self.restored,
+        }
+
+    def failures(self) -> list[str]:
+        """What does not hold, in words."""
+        wrong = []
+        error = self.agreements[SWAPPED, "fp32"].max_error
+        if not error <= ERROR_ALLOWED:
+            wrong.append(f"fp32 embeddings are off by {error:.1e}")
+        for dtype, ops in self.calls.items():
+            if not ops:
+                wrong.append(f"the {dtype} model called no op of ours")
+            fallen = [op for op, backends in ops.items() if "reference" in backends]
+            if fallen:
+                wrong.append(f"{', '.join(fallen)} in {dtype} fell back to plain PyTorch")
+        if not self.restored:
+            wrong.append("ft.restore did not bring the stock output back")
+        return wrong

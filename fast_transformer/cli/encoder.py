@@ -81,6 +81,17 @@ def fill(batch: Batch) -> float:
     return batch["attention_mask"].float().mean().item()
 
 
+def flops(model: nn.Module, batch: Batch) -> float:
+    """Multiplications and additions that the text of a batch needs, padding not counted.
+
+    A layer multiplies each token with 12 C² weights, and each pair of a sentence's tokens twice
+    with C numbers; two operations each. The embeddings are looked up.
+    """
+    C, layers = model.config.hidden_size, model.config.num_hidden_layers
+    lengths = batch["attention_mask"].sum(1).double()
+    return layers * (24 * C * C * lengths + 4 * C * lengths.square()).sum().item()
+
+
 @torch.inference_mode()
 def hidden(model: nn.Module, batch: Batch) -> Tensor:
     """The last hidden states, (batch, length, channels)."""

@@ -8,11 +8,12 @@ matplotlib.use("Agg")  # a file, never a window
 
 from matplotlib import pyplot as plt  # noqa: E402
 
-from fast_transformer.cli.comparison import Speed  # noqa: E402
+from fast_transformer.cli.comparison import Findings  # noqa: E402
 
 
-def draw(speeds: list[Speed], facts: dict, path: Path) -> None:
+def draw(found: Findings, path: Path) -> None:
     """Draw one pair of bars for each dtype and batch; whiskers are the quartile spread."""
+    speeds, facts = found.speeds, found.conditions
     figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
     places = range(len(speeds))
     for shift, side, label, color in (
