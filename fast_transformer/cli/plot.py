@@ -26,7 +26,7 @@ def draw(found: Findings, path: Path) -> None:
         where = [place + shift for place in places]
         axes.bar(where, rates, 0.38, yerr=spreads, label=label, color=color, capsize=3)
     for place, speed in enumerate(speeds):
-        height = speed.sentences / speed.ours.median
+        height = speed.sentences / speed.ours.median * (1 + speed.ours.spread)
         axes.annotate(
             f"{speed.ratio:.2f}×", (place + 0.2, height), (0, 5), textcoords="offset points",
             ha="center", weight="bold",
