@@ -195,7 +195,7 @@ def operator_calls():
     yield "mlp_bwd", (dy, x, w1, w2, pre, None, 3, 0.0, False, True, False, True, False)
 
 
-@pytest.mark.parametrize(("name", "arguments"), operator_calls())
+@pytest.mark.parametrize(("name", "arguments"), list(operator_calls()))
 def test_opcheck(kernels, name, arguments):
     """Schema, fake and dispatch of every C++ operator; gradients are registered above them."""
     operator = getattr(torch.ops.fast_transformer, name).default

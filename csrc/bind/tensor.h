@@ -81,7 +81,7 @@ inline Tensor nothing(int32_t type) { return empty({0}, type); }
 
 inline HeadsView heads_view(const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 4, "fast_transformer: expected (batch, heads, length, head_dim)");
-  STD_TORCH_CHECK(t.stride(3) == 1 || t.size(3) <= 1,
+  STD_TORCH_CHECK(t.stride(3) == 1 || t.size(3) <= 1 || t.numel() == 0,
                   "fast_transformer: the last dimension must be contiguous");
   return {t.const_data_ptr(), {t.stride(0), t.stride(1), t.stride(2)}};
 }
@@ -96,7 +96,7 @@ inline int64_t row_count(const Tensor& t) {
 inline RowsView rows_view(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   STD_TORCH_CHECK(last >= 0, "fast_transformer: expected at least one dimension");
-  STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) <= 1,
+  STD_TORCH_CHECK(t.stride(last) == 1 || t.size(last) <= 1 || t.numel() == 0,
                   "fast_transformer: the last dimension must be contiguous");
   int64_t stride = 0, rows = 1;  // of the dimensions seen so far, innermost first
   for (int64_t i = last - 1; i >= 0; --i) {
