@@ -4,7 +4,7 @@
 // One call yields four 32-bit words, used as eight 16-bit draws for eight neighbouring columns:
 //   counter = (column / 8, row, head, batch), key = the two halves of the seed,
 //   draw of column c = 16-bit half number c % 8, low half of word 0 first,
-//   kept iff draw >= threshold, threshold = round(65536 p).
+//   kept iff draw >= threshold, threshold = round(65536 p), ties to even.
 // Sixteen bits an element quantise p to 1.5e-5, so what is kept is scaled by the quantised rate.
 #pragma once
 #include <cmath>
@@ -24,7 +24,7 @@ struct Dropout {
   float scale = 1.0f;      // 1 / (quantised rate of what is kept), 0 when nothing is
 
   static Dropout with(double p, uint64_t seed) {
-    auto threshold = static_cast<uint32_t>(std::lround(65536.0 * p));
+    auto threshold = static_cast<uint32_t>(std::nearbyint(65536.0 * p));
     float scale = threshold >= 65536 ? 0.0f : 65536.0f / static_cast<float>(65536 - threshold);
     return {seed, threshold, scale};
   }
