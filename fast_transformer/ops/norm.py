@@ -97,7 +97,8 @@ def add_norm(
 
 
 def _check(op, x, weight, bias, eps):
-    arguments.floating(op, "x", x)
+    if not isinstance(x, Tensor) or x.dtype not in arguments.FLOATING:
+        arguments.floating(op, "x", x)
     shape, dtype = x.shape[-1:], x.dtype
     if not shape:
         raise ValueError(f"{op}: x has no dimension; it must have shape (..., C).")
