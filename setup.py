@@ -8,6 +8,7 @@ Environment:
     CXX                       the C++ compiler (default: the first of c++, g++, clang++)
     FAST_TRANSFORMER_BUILD    0 installs Python alone, 1 fails where there is no compiler
     FAST_TRANSFORMER_SANITIZE e.g. address,undefined: a debug build with these sanitizers
+    FAST_TRANSFORMER_ISAS     e.g. avx2,avx512: build these sets alone (default: all)
     MAX_JOBS                  compilers that run at once (default: one a processor)
 """
 
@@ -90,6 +91,16 @@ def find_compiler():
     if wish == "1":
         raise SystemExit(f"FAST_TRANSFORMER_BUILD=1, but {reason}.")
     return None, reason
+
+
+def instruction_sets():
+    """The ones to build: name -> compiler flags."""
+    known = INSTRUCTION_SETS[platform.machine()]
+    names = os.environ.get("FAST_TRANSFORMER_ISAS", "")
+    wanted = names.split(",") if names else list(known)
+    if not known.keys() >= set(wanted):
+        raise SystemExit(f"FAST_TRANSFORMER_ISAS is {names!r}; accepted: {', '.join(known)}.")
+    return {name: flags for name, flags in known.items() if name in wanted}
 
 
 def write_if_changed(path, text):
@@ -205,7 +216,7 @@ class BuildNative(build_ext):
         """Build every library; ninja knows what is stale."""
         ninja = Ninja(COMPILER, os.environ.get("FAST_TRANSFORMER_SANITIZE", ""))
         built = {"_C": operators(ninja), "_machine": machine(ninja)}
-        for isa, isa_flags in INSTRUCTION_SETS[platform.machine()].items():
+        for isa, isa_flags in instruction_sets().items():
             if ninja.accepts(isa_flags):
                 built[f"_cpu_{isa}"] = kernels(ninja, isa, isa_flags)
             else:
@@ -233,7 +244,7 @@ class BuildPython(build_py):
 COMPILER, WHY_NOT = find_compiler()
 LIBRARIES = []
 if COMPILER:
-    LIBRARIES = [*(f"_cpu_{isa}" for isa in INSTRUCTION_SETS[platform.machine()]), "_C", "_machine"]
+    LIBRARIES = [*(f"_cpu_{isa}" for isa in instruction_sets()), "_C", "_machine"]
 
 setup(
     packages=[*find_packages(include=["fast_transformer*"]), "fast_transformer.kernels"],
