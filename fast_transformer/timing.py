@@ -17,11 +17,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from fast_transformer.env import env
 
+Name = TypeVar("Name")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -60,11 +62,11 @@ def steady(threads: int | None = None) -> None:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[Name, Callable[[], object]],
     rounds: int = 9,
     seconds: float = 0.0,
     tick: Callable[[], object] = lambda: None,
-) -> dict[str, Timing]:
+) -> dict[Name, Timing]:
     """Time every call in every round and return the measurements by name.
 
     seconds: a measurement repeats its call until about this much time has passed. tick: called
@@ -75,7 +77,7 @@ def interleaved(
         call()
         number[name] = max(1, round(seconds / max(_measure(call, 1), 1e-7)))
         tick()
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[Name, list[float]] = {name: [] for name in calls}
     order = list(calls)
     shuffle = random.Random(0).shuffle
     collecting = gc.isenabled()
@@ -92,7 +94,7 @@ def interleaved(
     return {name: Timing(tuple(times)) for name, times in found.items()}
 
 
-def measurements(calls: Mapping[str, object], rounds: int) -> int:
+def measurements(calls: Mapping[Name, object], rounds: int) -> int:
     """How often `interleaved` calls its `tick`."""
     return len(calls) * (rounds + 1)
 
@@ -126,7 +128,7 @@ def copy_rate(size: int) -> float | None:
     return _machine.copy_bandwidth(str(isa), size)
 
 
-def conditions() -> dict[str, object]:
+def conditions() -> dict[str, Any]:
     """What a reader of a figure has to know: the processor, the versions, the time."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

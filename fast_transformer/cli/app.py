@@ -8,7 +8,10 @@ import typer
 from fast_transformer.cli import require
 
 app = typer.Typer(
-    help="Fused Transformer kernels for PyTorch.", no_args_is_help=True, add_completion=False
+    help="Fused Transformer kernels for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a traceback as Python prints it, to paste into a report
 )
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; its own by default.")]
 

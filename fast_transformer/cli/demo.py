@@ -8,8 +8,10 @@ import copy
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
@@ -43,7 +45,7 @@ from fast_transformer.cli.plot import draw
 from fast_transformer.cli.report import tell
 from fast_transformer.timing import conditions, interleaved, measurements, peak_flops, steady
 
-DTYPES = ("fp32", "bf16")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 QUERIES = (
     "an animal disappears until nothing but its smile is left",
     "a watch that does not tell what o'clock it is",
@@ -79,7 +81,9 @@ def run(output: Path, runs: int, threads: int | None, quick: bool) -> None:
 def find(runs: int, quick: bool, ticker: Ticker) -> Findings:
     """Compare the stock model and its accelerated copy in every respect."""
     tokenizer, model = Tokenizer(minilm()), load(minilm())
-    models: Models = {(STOCK, "fp32"): model, (STOCK, "bf16"): copy.deepcopy(model).bfloat16()}
+    models: Models = {
+        (STOCK, name): copy.deepcopy(model).to(dtype) for name, dtype in DTYPES.items()
+    }
     for dtype in DTYPES:
         models[SWAPPED, dtype] = accelerated(models[STOCK, dtype])
     texts = sentences()[:: 9 if quick else 1]
@@ -113,22 +117,23 @@ def find(runs: int, quick: bool, ticker: Ticker) -> Findings:
 def speeds(models: Models, batches: dict[str, Batch], runs: int, ticker: Ticker) -> list[Speed]:
     """Time every model on every batch, all of them side by side."""
     work = {
-        (*key, name): lambda model=model, batch=batch: hidden(model, batch)
-        for key, model in models.items()
+        (side, dtype, name): partial(hidden, model, batch)
+        for (side, dtype), model in models.items()
         for name, batch in batches.items()
     }
     tick = ticker("Timing side by side", measurements(work, runs))
     timings = interleaved(work, runs, tick=tick)
     return [
         Speed(
-            dtype,
-            name,
-            fill(batch),
-            *batch["input_ids"].shape,
-            flops(models[STOCK, dtype], batch),
-            peak_flops(models[STOCK, dtype].dtype),
-            timings[STOCK, dtype, name],
-            timings[SWAPPED, dtype, name],
+            dtype=dtype,
+            batch=name,
+            fill=fill(batch),
+            sentences=batch["input_ids"].shape[0],
+            tokens=batch["input_ids"].shape[1],
+            flops=flops(models[STOCK, dtype], batch),
+            core_peak=peak_flops(DTYPES[dtype]),
+            stock=timings[STOCK, dtype, name],
+            ours=timings[SWAPPED, dtype, name],
         )
         for dtype in DTYPES
         for name, batch in batches.items()

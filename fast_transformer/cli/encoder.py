@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,10 @@ def minilm() -> Path:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model of a Hugging Face folder, on PyTorch's own fused attention, ready to infer."""
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    return AutoModel.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype).eval()
+    model: nn.Module = AutoModel.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype)
+    return model.eval()
 
 
 class Tokenizer:
@@ -40,7 +42,8 @@ class Tokenizer:
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, special tokens included, however long."""
-        return self.wordpiece(texts, verbose=False)["input_ids"]
+        tokens: list[list[int]] = self.wordpiece(texts, verbose=False)["input_ids"]
+        return tokens
 
     def pad(self, tokens: list[list[int]]) -> Batch:
         """One batch, padded to its longest text."""
@@ -87,15 +90,17 @@ def flops(model: nn.Module, batch: Batch) -> float:
     A layer multiplies each token with 12 C² weights, and each pair of a sentence's tokens twice
     with C numbers; two operations each. The embeddings are looked up.
     """
-    C, layers = model.config.hidden_size, model.config.num_hidden_layers
-    lengths = batch["attention_mask"].sum(1).double()
-    return layers * (24 * C * C * lengths + 4 * C * lengths.square()).sum().item()
+    config: Any = model.config
+    C, lengths = config.hidden_size, batch["attention_mask"].sum(1).double()
+    layer = (24 * C * C * lengths + 4 * C * lengths.square()).sum().item()
+    return float(config.num_hidden_layers * layer)
 
 
 @torch.inference_mode()
 def hidden(model: nn.Module, batch: Batch) -> Tensor:
     """The last hidden states, (batch, length, channels)."""
-    return model(**batch).last_hidden_state
+    states: Tensor = model(**batch).last_hidden_state
+    return states
 
 
 def embed(

@@ -17,12 +17,12 @@ def show(as_json: bool) -> None:
         return
     table = Table(box=box.SIMPLE_HEAD, show_header=False)
     for name, value in facts.items():
-        nested = isinstance(value, dict)
-        if nested and not value:
-            continue
-        table.add_row(f"[bold]{name}", "" if nested else _text(value))
-        for key, inner in value.items() if nested else ():
-            table.add_row(f"  {key}", _text(inner))
+        if not isinstance(value, dict):
+            table.add_row(f"[bold]{name}", _text(value))
+        elif value:
+            table.add_row(f"[bold]{name}", "")
+            for key, inner in value.items():
+                table.add_row(f"  {key}", _text(inner))
     Console().print(table)
 
 
