@@ -15,7 +15,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-full bench build lint format wheel clean FORCE
+.PHONY: help demo readme test test-fast test-full bench build lint format wheel clean FORCE
 
 help: ## list what can be done
 	@echo "make <target>, where target is one of"
@@ -23,6 +23,9 @@ help: ## list what can be done
 
 demo: build $(VENV)/.demo ## a real sentence encoder before and after ft.accelerate, timed
 	$(VENV)/bin/fast-transformer demo
+
+readme: demo ## write the demo's figures into the README
+	$(PY) -m benchmarks.readme fast-transformer-demo/figures.json
 
 test: build $(VENV)/.test ## the whole correctness suite, as continuous integration runs it
 	$(PY) -m pytest -m "not full" $(PYTEST)
