@@ -70,7 +70,7 @@ FT_INLINE const uint16_t* draw_row(uint64_t seed, int64_t begin, int64_t end, in
 // kWidth elements of x whose draws start at `draws`: kept and multiplied by `scale`, or zero. The
 // buffer of draws must be readable for a whole vector.
 FT_INLINE Vec drop(Vec x, const uint16_t* draws, uint32_t threshold, float scale) {
-  const UVec d = __builtin_convertvector(load_bits<HVec>(draws), UVec);
+  const UVec d = widen(load_bits<HVec>(draws));
   return select(as<IVec>(d >= threshold), x * scale, zero());
 }
 

@@ -49,14 +49,16 @@ FT_INLINE RowSums<kCount> row_sums(int64_t channels, const Body& body) {
   return total;
 }
 
-// A product that no fused operation takes up unrounded: it meets its own rounded sum later, and in a
-// row of one they must cancel.
+// A product rounded like any value: the compiler cannot see through the empty instruction, and so
+// fuses nothing into it. It meets a sum of such products later, and in a row of one they must cancel.
 FT_INLINE Vec rounded_product(Vec a, Vec b) {
-#if defined(__clang__)
-  return __arithmetic_fence(a * b);
+  Vec product = a * b;
+#if defined(__x86_64__)
+  asm("" : "+v"(product));
 #else
-  return __builtin_assoc_barrier(a * b);
+  asm("" : "+w"(product));
 #endif
+  return product;
 }
 
 // The lanes of x that exist; the others zero.

@@ -80,21 +80,36 @@ FT_INLINE Vec min(Vec a, Vec b) {
 FT_INLINE Vec abs(Vec a) { return as<Vec>(as<UVec>(a) & 0x7fffffffu); }
 
 // Horizontal reductions in one fixed order: halves, quarters, …
-FT_INLINE float sum(Vec v) {
+template <typename Op>
+FT_INLINE float fold(Vec v, const Op& op) {
+#if defined(__x86_64__)
+#if defined(__AVX512F__)
+  const __m256 half = op(_mm512_castps512_ps256((__m512)v),
+                         _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)v, 1)));
+#elif defined(__AVX2__)
+  const __m256 half = (__m256)v;
+#endif
+#if defined(__AVX2__)
+  const __m128 x = op(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#else
+  const __m128 x = (__m128)v;
+#endif
+  const __m128 pair = op(x, _mm_movehl_ps(x, x));
+  return op(pair[0], pair[1]);
+#else
   float t[kWidth];
   store_bits(t, v);
   for (int step = kWidth / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) t[i] += t[i + step];
+    for (int i = 0; i < step; ++i) t[i] = op(t[i], t[i + step]);
   }
   return t[0];
+#endif
+}
+FT_INLINE float sum(Vec v) {
+  return fold(v, [](auto a, auto b) { return a + b; });
 }
 FT_INLINE float max_of(Vec v) {
-  float t[kWidth];
-  store_bits(t, v);
-  for (int step = kWidth / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) t[i] = t[i] > t[i + step] ? t[i] : t[i + step];
-  }
-  return t[0];
+  return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // Lane numbers 0, 1, 2, … and the mask of the lanes below n.
@@ -108,10 +123,31 @@ FT_INLINE IVec lanes_below(int64_t n) {
   return lane_numbers() < clipped;
 }
 
+// 16-bit lanes as 32-bit lanes, and their low halves back. GCC 12 has no single instruction for
+// __builtin_convertvector between these.
+FT_INLINE UVec widen(HVec v) {
+#if defined(__AVX512F__)
+  return (UVec)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (UVec)_mm256_cvtepu16_epi32((__m128i)v);
+#elif defined(__x86_64__)
+  return (UVec)_mm_unpacklo_epi16(_mm_cvtsi64_si128(as<int64_t>(v)), _mm_setzero_si128());
+#else
+  return __builtin_convertvector(v, UVec);
+#endif
+}
+FT_INLINE HVec narrow(UVec v) {
+#if defined(__AVX512F__)
+  return (HVec)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+  return __builtin_convertvector(v, HVec);
+#endif
+}
+
 // ---- Storage formats: load as float, store from float (round to nearest, ties to even).
 
 FT_INLINE Vec to_float(HVec v, bf16) {
-  return as<Vec>(__builtin_convertvector(v, UVec) << 16);
+  return as<Vec>(widen(v) << 16);
 }
 FT_INLINE HVec from_float(Vec v, bf16) {
 #if defined(__AVX512BF16__)
@@ -120,7 +156,7 @@ FT_INLINE HVec from_float(Vec v, bf16) {
   const UVec bits = as<UVec>(v);
   const UVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const UVec quiet_nan = (bits >> 16) | 0x40u;
-  return __builtin_convertvector(v == v ? rounded : quiet_nan, HVec);
+  return narrow(v == v ? rounded : quiet_nan);
 #endif
 }
 
@@ -134,7 +170,7 @@ FT_INLINE Vec to_float(HVec v, fp16) {
 #else
   // Shift the fields into place and let one exact product move the exponent's bias (it makes
   // subnormals normal too); infinities and NaN get the largest exponent back.
-  const UVec bits = __builtin_convertvector(v, UVec);
+  const UVec bits = widen(v);
   const UVec magnitude = (bits & 0x7fffu) << 13;
   Vec f = as<Vec>(magnitude) * 0x1p112f;
   f = as<Vec>(as<UVec>(f) | (magnitude >= (0x7c00u << 13) ? UVec{} + 0x7f800000u : UVec{}));
@@ -157,7 +193,7 @@ FT_INLINE HVec from_float(Vec v, fp16) {
   UVec half = magnitude < (113u << 23) ? subnormal : normal;
   half = magnitude >= (143u << 23) ? UVec{} + 0x7c00u : half;
   half = magnitude > 0x7f800000u ? UVec{} + 0x7e00u : half;
-  return __builtin_convertvector(half | (sign >> 16), HVec);
+  return narrow(half | (sign >> 16));
 #endif
 }
 
