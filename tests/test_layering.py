@@ -1,11 +1,14 @@
 """The house: who may import whom, what a plain import loads, and how long a file may be."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import fast_transformer as ft
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fast_transformer"
@@ -118,6 +121,16 @@ def test_no_room_for_leftovers():
     banned = {"utils", "util", "helpers", "helper", "misc", "common_utils"}
     names = [path for path in sources(PACKAGE, "*") if path.stem in banned]
     assert not names
+
+
+def test_public_functions_are_annotated():
+    """Whole, so that a strict caller sees no untyped call."""
+    for name in ft.__all__:
+        if inspect.isfunction(function := getattr(ft, name, None)):
+            signature = inspect.signature(function)
+            hints = [*(p.annotation for p in signature.parameters.values())]
+            assert inspect.Signature.empty not in [*hints, signature.return_annotation], name
+            assert function.__doc__, name
 
 
 def test_import_needs_torch_alone():
