@@ -21,36 +21,59 @@ FT_INLINE U64Vec multiply_low_halves(U64Vec a, U64Vec b) {
 inline constexpr int kCounters = kWidth / 2;               // Philox calls in one vector
 inline constexpr int kDraws = kCounters * kDrawsPerCall;  // 16-bit draws they give
 
-// draws[i] is the draw of column `column + i`; `column` is a multiple of kDrawsPerCall.
+// The 64-bit lanes of a and b in turn: a0 b0 a1 b1 … in two vectors.
+FT_INLINE void store_interleaved(uint16_t* to, U64Vec a, U64Vec b) {
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0);
+  const __m512i high = _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4);
+  store_bits(to, _mm512_permutex2var_epi64((__m512i)a, low, (__m512i)b));
+  store_bits(to + 32, _mm512_permutex2var_epi64((__m512i)a, high, (__m512i)b));
+#else
+  uint64_t words[2 * kCounters];
+  for (int i = 0; i < kCounters; ++i) {
+    words[2 * i] = a[i];
+    words[2 * i + 1] = b[i];
+  }
+  std::memcpy(to, words, sizeof(words));
+#endif
+}
+
+// draws[i] is the draw of column `column + i` for i < kChains * kDraws; `column` is a multiple of
+// kDrawsPerCall. A chain of ten rounds mostly waits for its own products: several go side by side.
+template <int kChains>
 FT_INLINE void philox(uint64_t seed, int64_t column, int64_t row, int64_t head, int64_t batch,
                       uint16_t* draws) {
-  U64Vec c0, c1 = U64Vec{} + static_cast<uint32_t>(row),
-             c2 = U64Vec{} + static_cast<uint32_t>(head),
-             c3 = U64Vec{} + static_cast<uint32_t>(batch);
-  for (int i = 0; i < kCounters; ++i) {
-    c0[i] = static_cast<uint32_t>(column / kDrawsPerCall) + static_cast<uint32_t>(i);
+  constexpr uint64_t kLow = 0xffffffffu;
+  U64Vec lanes;
+  for (int i = 0; i < kCounters; ++i) lanes[i] = i;
+  U64Vec c0[kChains], c1[kChains], c2[kChains], c3[kChains];
+  for (int k = 0; k < kChains; ++k) {
+    c0[k] = lanes + static_cast<uint32_t>(column / kDrawsPerCall + k * kCounters);
+    c1[k] = U64Vec{} + static_cast<uint32_t>(row);
+    c2[k] = U64Vec{} + static_cast<uint32_t>(head);
+    c3[k] = U64Vec{} + static_cast<uint32_t>(batch);
   }
   const U64Vec multiplier0 = U64Vec{} + kPhiloxMultiplier[0];
   const U64Vec multiplier1 = U64Vec{} + kPhiloxMultiplier[1];
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const U64Vec product0 = multiply_low_halves(c0, multiplier0);
-    const U64Vec product1 = multiply_low_halves(c2, multiplier1);
-    c0 = (product1 >> 32) ^ c1 ^ key0;
-    c2 = (product0 >> 32) ^ c3 ^ key1;
-    c1 = product1 & 0xffffffffu;
-    c3 = product0 & 0xffffffffu;
+    // A word is the low half of its lane. The high half holds anything: products ignore it.
+    for (int k = 0; k < kChains; ++k) {
+      const U64Vec product0 = multiply_low_halves(c0[k], multiplier0);
+      const U64Vec product1 = multiply_low_halves(c2[k], multiplier1);
+      c0[k] = (product1 >> 32) ^ c1[k] ^ key0;
+      c2[k] = (product0 >> 32) ^ c3[k] ^ key1;
+      c1[k] = product1;
+      c3[k] = product0;
+    }
     key0 += kPhiloxWeyl[0];
     key1 += kPhiloxWeyl[1];
   }
-  const U64Vec first = (c0 & 0xffffffffu) | (c1 << 32);   // draws 0…3 of each counter
-  const U64Vec second = (c2 & 0xffffffffu) | (c3 << 32);  // draws 4…7
-  uint64_t interleaved[2 * kCounters];
-  for (int i = 0; i < kCounters; ++i) {
-    interleaved[2 * i] = first[i];
-    interleaved[2 * i + 1] = second[i];
+  for (int k = 0; k < kChains; ++k) {
+    const U64Vec first = (c0[k] & kLow) | (c1[k] << 32);   // draws 0…3 of each counter
+    const U64Vec second = (c2[k] & kLow) | (c3[k] << 32);  // draws 4…7
+    store_interleaved(draws + k * kDraws, first, second);
   }
-  std::memcpy(draws, interleaved, sizeof(interleaved));
 }
 
 // All draws of columns [begin, end) of one row, from a buffer of at least draw_space(end - begin).
@@ -61,9 +84,12 @@ constexpr int64_t draw_space(int64_t columns) {
 FT_INLINE const uint16_t* draw_row(uint64_t seed, int64_t begin, int64_t end, int64_t row,
                                    int64_t head, int64_t batch, uint16_t* buffer) {
   const int64_t start = begin / kDrawsPerCall * kDrawsPerCall;
-  for (int64_t c = start; c < end; c += kDraws) {
-    philox(seed, c, row, head, batch, buffer + (c - start));
+  constexpr int kChains = 4;
+  int64_t c = start;
+  for (; c + (kChains - 1) * kDraws < end; c += kChains * kDraws) {
+    philox<kChains>(seed, c, row, head, batch, buffer + (c - start));
   }
+  for (; c < end; c += kDraws) philox<1>(seed, c, row, head, batch, buffer + (c - start));
   return buffer + (begin - start);
 }
 
