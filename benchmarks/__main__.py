@@ -59,9 +59,12 @@ def results(suite: str, o: argparse.Namespace) -> Iterator[Result]:
         pairs = ((name, "fp32", pair) for name, pair in bench_calls.pairs().items())
     else:
         pairs = bench_models.pairs(o.only, [dtype for dtype in o.dtype if dtype != "fp16"])
-    for name, dtype, (ours, theirs) in pairs:
-        found = interleaved({"ours": ours, "pytorch": theirs}, o.rounds, seconds=0.005)
-        yield Result(suite, name, dtype, "call" if suite == "calls" else "", found)
+    for name, dtype, pair in pairs:
+        if isinstance(pair, str):
+            yield Result(suite, name, dtype, "", wrong=pair)
+            continue
+        calls = dict(zip(("ours", "pytorch"), pair, strict=True))
+        yield Result(suite, name, dtype, "", interleaved(calls, o.rounds, seconds=0.005))
 
 
 def show(r: Result) -> None:
