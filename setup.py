@@ -122,7 +122,7 @@ class Ninja:
         self.link_flags, self.complete = [], ["-Wl,--no-undefined"]
         if sanitize:  # whose symbols the process brings along
             self.complete = []
-            self.flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1"]
+            self.flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-g1", "-O1"]
             self.link_flags += [f"-fsanitize={sanitize}"]
         self.lines = [
             f"builddir = {self.folder}",

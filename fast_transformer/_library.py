@@ -71,7 +71,7 @@ def _load() -> Status:
         return Status(reason="no instruction set of this build runs on this processor")
     isa = choose_isa(available, os.environ.get("FAST_TRANSFORMER_ISA"))
     try:
-        torch.ops.load_library(str(FOLDER / "_C.so"))
+        torch.ops.load_library(str(FOLDER / "_C.so"))  # type: ignore[no-untyped-call]
         torch.ops.fast_transformer.load_kernels(str(FOLDER / f"_cpu_{isa}.so"))
     except (OSError, RuntimeError) as error:
         return Status(available=available, reason=f"the CPU kernels do not load: {error}")

@@ -5,7 +5,7 @@ if __name__ != "fast_transformer.kernels":
     # imports whatever is called `kernels` to read its version. To take something from it is one.
     __path__ = []
 
-    def __getattr__(name: str):
+    def __getattr__(name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
         raise ImportError(

@@ -33,6 +33,19 @@ assert x.grad.abs().sum() > 0
 print(ft.__file__, ft.env()["isa"])
 """
 
+TYPED_PROGRAM = """
+import torch
+import fast_transformer as ft
+from fast_transformer import _machine
+
+x: torch.Tensor = ft.layer_norm(torch.ones(2, 8), eps=1e-6)
+with ft.backend("reference"):
+    x = ft.mlp(x, torch.ones(4, 8), None, torch.ones(8, 4), None, activation="relu")
+facts: dict[str, object] = ft.env()
+names: list[str] = _machine.supported_isas()
+rate: float = _machine.peak_flops(names[0], "float32")
+"""
+
 
 def python(code, *, executable=sys.executable, cwd, **environment):
     """Run Python code in a process of its own, away from the source tree."""
@@ -111,6 +124,12 @@ def sdist(source, tmp_path_factory):
 def wheel(kernels, tmp_path_factory):
     """The wheel of this source tree; its native code is compiled only where it is stale."""
     return build_wheel(ROOT, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """Python of an environment that has the wheel, and torch."""
+    return empty_environment(tmp_path_factory.mktemp("installed") / "venv", wheel)
 
 
 # ---- the libraries
@@ -309,15 +328,30 @@ def test_wheel_holds_the_package_alone(wheel):
 
 
 @needs_source
-def test_wheel_in_an_empty_environment(wheel, tmp_path):
+def test_wheel_in_an_empty_environment(installed, tmp_path):
     """It imports from there, runs an op forward and backward, and has its command."""
-    executable = empty_environment(tmp_path / "venv", wheel)
-    done = python(RUN_AN_OP, executable=executable, cwd=tmp_path)
+    done = python(RUN_AN_OP, executable=installed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     file, isa = done.stdout.split()
-    assert Path(file).is_relative_to(tmp_path)
+    assert Path(file).is_relative_to(installed.parents[1])
     assert isa == _library.status().isa
-    assert (tmp_path / "venv/bin/fast-transformer").exists()
+    assert (installed.parent / "fast-transformer").exists()
+
+
+@needs_source
+def test_a_users_type_checker_reads_the_wheel(installed, tmp_path):
+    """py.typed and the extension's stub are there, and what they say is what the code does."""
+    program = tmp_path / "program.py"
+    program.write_text(TYPED_PROGRAM)
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache")]
+    done = subprocess.run(
+        [*command, "--python-executable", str(installed), str(program)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert python(TYPED_PROGRAM, executable=installed, cwd=tmp_path).returncode == 0
 
 
 @needs_source
@@ -328,3 +362,30 @@ def test_wheel_from_the_sdist(kernels, sdist, tmp_path):
     executable = empty_environment(tmp_path / "venv", wheel)
     done = python(RUN_AN_OP, executable=executable, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@needs_source
+@pytest.mark.full
+def test_sanitized(kernels, source, tmp_path):
+    """The smoke selection, in a build that AddressSanitizer and UBSan watch."""
+    compiler = os.environ.get("CXX", "g++")
+    command = [compiler, "-print-file-name=libasan.so"]
+    runtime = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    isa = _library.status().available[-1]
+    build = {"FAST_TRANSFORMER_SANITIZE": "address,undefined", "FAST_TRANSFORMER_ISAS": isa}
+    sanitized = tmp_path / "source"
+    shutil.copytree(source, sanitized)
+    setup("-q", "build_ext", "--inplace", cwd=sanitized, **build)
+    watch = {
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "PYTHONPATH": str(sanitized),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "smoke", "-p", "no:cacheprovider"],
+        cwd=sanitized,
+        env={**os.environ, **watch},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
