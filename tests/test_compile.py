@@ -113,12 +113,13 @@ def test_fresh_seeds_in_a_compiled_function(backend):
 class Block(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.weights = torch.nn.ParameterList([torch.randn(*s) for s in WEIGHTS])
+        made = [torch.nn.Parameter(torch.randn(*shape)) for shape in WEIGHTS]
+        self.weight, self.bias, self.w1, self.w2 = made
 
     def forward(self, x):
         q = x.unflatten(-1, (2, 4)).transpose(1, 2)
         x = ft.attention(q, q, q, causal=True).transpose(1, 2).flatten(-2)
-        return block(x, x, *self.weights)
+        return block(x, x, self.weight, self.bias, self.w1, self.w2)
 
 
 @pytest.mark.parametrize("strict", [False, True])
