@@ -18,7 +18,9 @@ from fast_transformer import _library
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(torch.__file__).parents[1]
-NATIVE = sorted(_library.FOLDER.glob("_*.so"))
+EXTENSION = "_machine" + sysconfig.get_config_var("EXT_SUFFIX")  # of this Python, not of another
+NATIVE = [*sorted(_library.FOLDER.glob("_cpu_*.so")), *_library.FOLDER.glob("_C.so")]
+NATIVE += [_library.FOLDER / EXTENSION] if NATIVE else []
 IN_TREE = (ROOT / "setup.py").exists()
 needs_source = pytest.mark.skipif(not IN_TREE, reason="the tests lie apart from the source tree")
 
