@@ -17,6 +17,7 @@ import torch
 from fast_transformer import _library
 
 ROOT = Path(__file__).parents[1]
+SOURCES = ("csrc", "fast_transformer", "kernels", "tests", "benchmarks", "docs", "examples")
 SITE = Path(torch.__file__).parents[1]
 EXTENSION = "_machine" + sysconfig.get_config_var("EXT_SUFFIX")  # of this Python, not of another
 NATIVE = [*sorted(_library.FOLDER.glob("_cpu_*.so")), *_library.FOLDER.glob("_C.so")]
@@ -101,12 +102,15 @@ def empty_environment(folder, wheel):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of the source tree, without what was built in it."""
+    """A copy of the source tree: its own folders alone, since an environment may lie in it."""
     folder = tmp_path_factory.mktemp("tree") / "source"
-    ignored = shutil.ignore_patterns(
-        *("build", "dist", ".*_cache", ".git", ".venv", "*.egg-info", "*.so", "__pycache__")
-    )
-    shutil.copytree(ROOT, folder, ignore=ignored)
+    built = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in SOURCES:
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, folder / name, ignore=built)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
     return folder
 
 
@@ -307,8 +311,7 @@ def test_broken_source_fails_loudly(source, tmp_path):
 @needs_source
 def test_sdist_is_complete(source, sdist):
     """Headers need MANIFEST.in to get there, and whoever packages us wants the tests."""
-    folders = ("csrc", "kernels", "tests", "fast_transformer")
-    files = [path for name in folders for path in (source / name).rglob("*") if path.is_file()]
+    files = [path for name in SOURCES for path in (source / name).rglob("*") if path.is_file()]
     files += [source / name for name in ("LICENSE", "README.md", "setup.py", "pyproject.toml")]
     assert len([path for path in files if path.suffix == ".h"]) > 10
     missing = [path for path in files if not (sdist / path.relative_to(source)).exists()]
