@@ -7,7 +7,8 @@ namespace ft::bind {
 namespace {
 
 // weight or bias: (C,) of x's dtype or float32, copied where it is not contiguous.
-OptionalTensor parameter(const char* op, const char* name, const OptionalTensor& t, const Tensor& x) {
+OptionalTensor parameter(const char* op, const char* name, const OptionalTensor& t,
+                         const Tensor& x) {
   if (!t) return t;
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(x.dim() - 1), op, ": ", name,
                   " must have one element for each of x's channels");

@@ -8,7 +8,7 @@ namespace ft::FT_ISA {
 // 32-bit words live in 64-bit lanes, where one instruction gives the full product of two of them.
 FT_INLINE U64Vec multiply_low_halves(U64Vec a, U64Vec b) {
 #if defined(__AVX512F__)
-  return (U64Vec)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+  return (U64Vec)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
   return (U64Vec)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif defined(__x86_64__)
@@ -18,7 +18,7 @@ FT_INLINE U64Vec multiply_low_halves(U64Vec a, U64Vec b) {
 #endif
 }
 
-inline constexpr int kCounters = kWidth / 2;               // Philox calls in one vector
+inline constexpr int kCounters = kWidth / 2;              // Philox calls in one vector
 inline constexpr int kDraws = kCounters * kDrawsPerCall;  // 16-bit draws they give
 
 // The 64-bit lanes of a and b in turn: a0 b0 a1 b1 … in two vectors.

@@ -1,13 +1,13 @@
 // h = residual + dropout(x), out = norm(h) * weight + bias, and the gradients of it.
-// Forward moves x, residual, h (where it is kept) and out through memory once; backward dout, h, the
-// gradient of h and dx. About 12 and 20 FLOPs an element, so bytes are the cost, and Philox where
-// there is dropout. Rows are taken a few at a time, so that the latency of one row's statistics hides
-// behind the next row's loads. A row is read again from L1, where its first pass has put it.
+// Forward moves x, residual, h (where it is kept) and out through memory once; backward dout, h,
+// the gradient of h and dx. About 10 and 20 FLOPs an element: bytes are the cost, and Philox where
+// there is dropout. Both pass over a row twice, first for its sums; the second time it is in L1.
+#include "../common/norm.h"
+
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
 
-#include "../common/norm.h"
 #include "dropout.h"
 #include "norm.h"
 #include "parallel.h"
@@ -16,8 +16,12 @@
 namespace ft::FT_ISA {
 namespace {
 
-constexpr int kRows = 4;                      // taken at a time
-constexpr int64_t kUnitBytes = int64_t{32} << 10;  // of one tensor; waking a thread takes as long
+// Of one tensor that a unit of work moves: waking a thread takes about as long as that.
+constexpr int64_t kUnitBytes = int64_t{32} << 10;
+// Rows that forward takes side by side: one's sums are ready when the other's have been added up.
+// Backward takes one. Between its passes the stores of dh drain, which two rows in a sequence pile
+// up until loads wait for them: from L3, that cost a third.
+constexpr int kRows = 2;
 
 // Rows that make a unit of work.
 int64_t unit_rows(int64_t channels, size_t element) {
@@ -61,75 +65,98 @@ const float* parameter(const void* data, DType dtype, float absent, int64_t chan
 
 // ---- Forward
 
-// h = residual + dropout(x), rounded as it is stored; returns the sum of what was stored.
+// A row of h = residual + dropout(x), where there is either; otherwise h is x. Called for vector
+// after vector, it stores h and returns what it stored: rounded, as backward will read it.
 template <typename T, bool kAdds, bool kDrops>
-FT_INLINE double add_row(const T* x, const T* residual, const uint16_t* draws,
-                         const Dropout& dropout, int64_t channels, T* h) {
-  return row_sums<1>(channels,
-                     [&](int64_t j, int64_t n, Vec* s) __attribute__((always_inline)) {
-                       Vec v = load(x + j, n);
-                       if constexpr (kDrops) {
-                         v = drop(v, draws + j, dropout.threshold, dropout.scale);
-                       }
-                       if constexpr (kAdds) v += load(residual + j, n);
-                       store(h + j, v, n);
-                       if constexpr (sizeof(T) == 2) v = to_float(from_float(v, T{}), T{});
-                       s[0] += v;
-                     })
-      .of[0];
-}
+struct RowOfH {
+  const T *x, *residual;
+  const uint16_t* draws;
+  const Dropout& dropout;
+  T* h;
+
+  FT_INLINE Vec operator()(int64_t j, int64_t n) const {
+    Vec v = load(x + j, n);
+    if constexpr (kDrops) v = drop(v, draws + j, dropout.threshold, dropout.scale);
+    if constexpr (kAdds) v += load(residual + j, n);
+    if constexpr (kAdds || kDrops) {
+      store(h + j, v, n);
+      if constexpr (sizeof(T) == 2) v = to_float(from_float(v, T{}), T{});
+    }
+    return v;
+  }
+};
+
+// What one thread needs for it.
+template <typename Norm, typename T, bool kAdds, bool kDrops>
+class Forward {
+  static constexpr bool kMakesH = kAdds || kDrops;
+
+ public:
+  explicit Forward(const NormParams& p)
+      : p_(p),
+        row_space_(kMakesH && !p.sum ? round_up(p.channels, 64) : 0),
+        scratch_(2 * Scratch::bytes<float>(p.channels) + Scratch::bytes<T>(kRows * row_space_) +
+                 Scratch::bytes<uint16_t>(draw_space(p.channels))) {
+    float* weight = scratch_.take<float>(p.channels);
+    float* bias = scratch_.take<float>(p.channels);
+    weight_ = parameter(p.weight, p.weight_dtype, 1.0f, p.channels, weight);
+    bias_ = parameter(p.bias, p.bias_dtype, 0.0f, p.channels, bias);
+    rows_ = scratch_.take<T>(kRows * row_space_);
+    draws_ = scratch_.take<uint16_t>(draw_space(p.channels));
+  }
+
+  // Rows [first, first + count), at most kRows.
+  void run(int64_t first, int64_t count) {
+    const T* h[kRows];
+    Norm norms[kRows];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t r = first + i;
+      T* made = p_.sum ? mutable_row<T>(p_.sum, r) : rows_ + i * row_space_;
+      const T *x = row<T>(p_.x, r), *residual = kAdds ? row<T>(p_.residual, r) : nullptr;
+      h[i] = kMakesH ? made : x;
+      norms[i] = measure({x, residual, draws_, p_.dropout, made}, r, h[i]);
+      if (!kMakesH && p_.sum) std::memcpy(made, x, p_.channels * sizeof(T));
+    }
+    for (int64_t i = 0; i < count; ++i) write(norms[i], h[i], mutable_row<T>(p_.out, first + i));
+  }
+
+ private:
+  Norm measure(RowOfH<T, kAdds, kDrops> make, int64_t r, const T* h) const {
+    if constexpr (kDrops) draw_row(p_.dropout.seed, 0, p_.channels, r, 0, 0, draws_);
+    const Norm norm = Norm::of_row(p_.channels, p_.eps, make,
+                                   [&](int64_t j, int64_t n)
+                                       __attribute__((always_inline)) { return load(h + j, n); });
+    p_.mean[r] = norm.mean();
+    p_.rstd[r] = norm.rstd();
+    return norm;
+  }
+
+  void write(Norm norm, const T* h, T* out) const {
+    const float *weight = weight_, *bias = bias_;
+    for_vectors(0, p_.channels, [&](int64_t j, int64_t n, int) __attribute__((always_inline)) {
+      const Vec x_hat = norm.normalised(load(h + j, n));
+      store(out + j, fma(x_hat, load(weight + j, n), load(bias + j, n)), n);
+    });
+  }
+
+  const NormParams& p_;
+  const int64_t row_space_;
+  Scratch scratch_;
+  const float *weight_, *bias_;
+  T* rows_;
+  uint16_t* draws_;
+};
 
 template <typename Norm, typename T, bool kAdds, bool kDrops>
 void forward(const NormParams& p, const Parallel& parallel) {
-  constexpr bool kMakesH = kAdds || kDrops;  // otherwise h is x
-  const int64_t C = p.channels, block = unit_rows(C, sizeof(T));
-  const int64_t row_space = kMakesH && !p.sum ? round_up(C, 64) : 0;
+  const int64_t block = unit_rows(p.channels, sizeof(T));
   for_units(parallel, ceil_div(p.rows, block), [&](Units& units) {
-    Scratch scratch(2 * Scratch::bytes<float>(C) + Scratch::bytes<T>(kRows * row_space) +
-                    Scratch::bytes<uint16_t>(draw_space(C)));
-    float* weight_buffer = scratch.take<float>(C);
-    float* bias_buffer = scratch.take<float>(C);
-    T* rows = scratch.take<T>(kRows * row_space);
-    uint16_t* draws = scratch.take<uint16_t>(draw_space(C));
-    const float* weight = parameter(p.weight, p.weight_dtype, 1.0f, C, weight_buffer);
-    const float* bias = parameter(p.bias, p.bias_dtype, 0.0f, C, bias_buffer);
-
+    Forward<Norm, T, kAdds, kDrops> worker(p);
     int64_t unit;
     while (units.next(unit)) {
       const int64_t end = std::min(p.rows, (unit + 1) * block);
-      for (int64_t first = unit * block; first < end; first += kRows) {
-        const int count = static_cast<int>(std::min<int64_t>(kRows, end - first));
-        const T* h[kRows];
-        double total[kRows];
-        Norm norm[kRows];
-        for (int i = 0; i < count; ++i) {
-          const T* x = row<T>(p.x, first + i);
-          if constexpr (kMakesH) {
-            T* made = p.sum ? mutable_row<T>(p.sum, first + i) : rows + i * row_space;
-            const T* residual = kAdds ? row<T>(p.residual, first + i) : nullptr;
-            if constexpr (kDrops) draw_row(p.dropout.seed, 0, C, first + i, 0, 0, draws);
-            total[i] = add_row<T, kAdds, kDrops>(x, residual, draws, p.dropout, C, made);
-            h[i] = made;
-          } else {
-            if (p.sum) std::memcpy(mutable_row<T>(p.sum, first + i), x, C * sizeof(T));
-            total[i] = row_sums<1>(C, [&](int64_t j, int64_t n, Vec* s)
-                                          __attribute__((always_inline)) { s[0] += load(x + j, n); })
-                           .of[0];
-            h[i] = x;
-          }
-        }
-        for (int i = 0; i < count; ++i) {
-          norm[i] = Norm::of_row(h[i], C, total[i], p.eps);
-          p.mean[first + i] = norm[i].mean();
-          p.rstd[first + i] = norm[i].rstd();
-        }
-        for (int i = 0; i < count; ++i) {
-          T* out = mutable_row<T>(p.out, first + i);
-          for_vectors(0, C, [&](int64_t j, int64_t n, int) __attribute__((always_inline)) {
-            const Vec x_hat = norm[i].normalised(load(h[i] + j, n));
-            store(out + j, fma(x_hat, load(weight + j, n), load(bias + j, n)), n);
-          });
-        }
+      for (int64_t r = unit * block; r < end; r += kRows) {
+        worker.run(r, std::min<int64_t>(kRows, end - r));
       }
     }
   });
@@ -137,12 +164,13 @@ void forward(const NormParams& p, const Parallel& parallel) {
 
 // ---- Backward
 
-// Sums over rows are taken chunk by chunk, and the chunks' sums in a fixed tree: the same bits for
-// every number of threads, and errors that grow like a pairwise sum's. At most 128 rows a chunk, so
-// that few values meet in one float; at least 16, so that chunks' sums are little beside the rows
-// they stand for; between them, so many that 128 chunks keep all threads busy.
-int64_t chunk_rows(int64_t rows) {
-  return std::clamp<int64_t>(round_up(ceil_div(rows, 128), kRows), 16, 128);
+// Sums over rows are taken chunk by chunk, and the chunks' sums in order and in double: the same
+// bits for every number of threads. At most 64 rows a chunk, so that few values meet in one float;
+// at least 16, so that the chunks' sums are little beside the rows; between them 128 chunks, which
+// keep many threads busy. Narrow rows cost little and have few columns to even out an unlucky
+// rounding: two rows a chunk do for them.
+int64_t chunk_rows(int64_t rows, int64_t channels) {
+  return std::clamp<int64_t>(ceil_div(rows, 128), channels < 64 ? 2 : 16, 64);
 }
 
 // dweight and dbias of every chunk: [chunk][2][width].
@@ -153,105 +181,97 @@ struct Partials {
   float* dweight(int64_t chunk) const { return data + 2 * chunk * width; }
   float* dbias(int64_t chunk) const { return dweight(chunk) + width; }
 };
+constexpr int64_t kColumns = 64;  // that are reduced at a time; Partials::width is a multiple
 
-// Adds chunk c + step to chunk c for step = 1, 2, 4, …; what is left in chunk 0 is the result.
 void reduce(const Partials& partials, const NormGradParams& p, const Parallel& parallel) {
-  const int64_t block =
-      round_up(ceil_div(kUnitBytes, partials.chunks * static_cast<int64_t>(sizeof(float))), 64);
+  const int64_t block = round_up(ceil_div(kUnitBytes, 8 * partials.chunks), kColumns);
   for_units(parallel, ceil_div(p.channels, block), [&](Units& units) {
     int64_t unit;
     while (units.next(unit)) {
-      const int64_t begin = unit * block, end = std::min(p.channels, begin + block);
-      for (int64_t step = 1; step < partials.chunks; step *= 2) {
-        for (int64_t c = 0; c + step < partials.chunks; c += 2 * step) {
-          for (int64_t j = begin; j < end; j += kWidth) {
-            float* dweight = partials.dweight(c) + j;
-            float* dbias = partials.dbias(c) + j;
-            store(dweight, load(dweight) + load(partials.dweight(c + step) + j));
-            store(dbias, load(dbias) + load(partials.dbias(c + step) + j));
-          }
+      const int64_t end = std::min(p.channels, (unit + 1) * block);
+      for (int64_t j = unit * block; j < end; j += kColumns) {
+        double dweight[kColumns] = {}, dbias[kColumns] = {};
+        for (int64_t c = 0; c < partials.chunks; ++c) {
+          const float *w = partials.dweight(c) + j, *b = partials.dbias(c) + j;
+          for (int i = 0; i < kColumns; ++i) dweight[i] += w[i];
+          for (int i = 0; i < kColumns; ++i) dbias[i] += b[i];
         }
+        const int64_t n = std::min(kColumns, end - j);
+        if (p.dweight) std::copy_n(dweight, n, p.dweight + j);
+        if (p.dbias) std::copy_n(dbias, n, p.dbias + j);
       }
-      const size_t bytes = (end - begin) * sizeof(float);
-      if (p.dweight) std::memcpy(p.dweight + begin, partials.dweight(0) + begin, bytes);
-      if (p.dbias) std::memcpy(p.dbias + begin, partials.dbias(0) + begin, bytes);
     }
   });
 }
 
-// kCount rows from `first` on: their dh and dx are written, their shares of dweight and dbias added
-// up in registers and then to `dweight` and `dbias`.
-template <typename Norm, typename T, bool kDrops, bool kAddsGrad, int kCount>
-FT_INLINE void backward_rows(const NormGradParams& p, int64_t first, const float* weight,
-                             uint16_t* draws, float* dweight, float* dbias) {
-  const int64_t C = p.channels;
-  const T *grad_out[kCount], *grad_sum[kCount], *h[kCount];
-  T *dresidual[kCount], *dx[kCount];
-  typename Norm::Gradient norm[kCount];
-  for (int i = 0; i < kCount; ++i) {
-    const int64_t r = first + i;
-    grad_out[i] = row<T>(p.grad_out, r);
-    grad_sum[i] = kAddsGrad ? row<T>(p.grad_sum, r) : nullptr;
-    h[i] = row<T>(p.sum, r);
-    dresidual[i] = mutable_row<T>(p.dresidual, r);
-    dx[i] = kDrops ? mutable_row<T>(p.dx, r) : nullptr;
-    if constexpr (kDrops) {
-      draw_row(p.dropout.seed, 0, C, r, 0, 0, draws + i * draw_space(C));
-    }
-    norm[i] = Norm::Gradient::of_row(
-        C, p.mean[r], p.rstd[r],
-        [&](int64_t j, int64_t n)
-            __attribute__((always_inline)) {
-          return rounded_product(load(grad_out[i] + j, n), load(weight + j, n));
-        },
-        [&](int64_t j, int64_t n) __attribute__((always_inline)) { return load(h[i] + j, n); });
+// What one thread needs for it.
+template <typename Norm, typename T, bool kDrops, bool kAddsGrad>
+class Backward {
+ public:
+  explicit Backward(const NormGradParams& p)
+      : p_(p),
+        scratch_(Scratch::bytes<float>(p.channels) +
+                 Scratch::bytes<uint16_t>(draw_space(p.channels))) {
+    float* weight = scratch_.take<float>(p.channels);
+    weight_ = parameter(p.weight, p.weight_dtype, 1.0f, p.channels, weight);
+    draws_ = scratch_.take<uint16_t>(draw_space(p.channels));
   }
-  for_vectors(0, C, [&](int64_t j, int64_t n, int) __attribute__((always_inline)) {
-    const Vec w = load(weight + j, n);
-    Vec dw = zero(), db = zero();
-    for (int i = 0; i < kCount; ++i) {
-      const Vec g = load(grad_out[i] + j, n), x_hat = norm[i].normalised(load(h[i] + j, n));
-      dw = fma(g, x_hat, dw);
-      db += g;
-      Vec dh = norm[i].dh(rounded_product(g, w), x_hat);
-      if constexpr (kAddsGrad) dh += load(grad_sum[i] + j, n);
-      store(dresidual[i] + j, dh, n);
+
+  // Writes dh and dx of row r, adds its shares to dweight and dbias.
+  void run(int64_t r, float* dweight, float* dbias) const {
+    const int64_t channels = p_.channels;
+    const T *grad_out = row<T>(p_.grad_out, r), *h = row<T>(p_.sum, r);
+    const T* grad_sum = kAddsGrad ? row<T>(p_.grad_sum, r) : nullptr;
+    T* dresidual = mutable_row<T>(p_.dresidual, r);
+    T* dx = kDrops ? mutable_row<T>(p_.dx, r) : nullptr;
+    const float* weight = weight_;
+    const uint16_t* draws = draws_;
+    const Dropout dropout = p_.dropout;
+
+    const auto norm = Norm::Gradient::of_row(
+        channels, p_.mean[r], p_.rstd[r],
+        [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+          return rounded_product(load(grad_out + j, n), load(weight + j, n));
+        },
+        [&](int64_t j, int64_t n) __attribute__((always_inline)) { return load(h + j, n); });
+    if constexpr (kDrops) draw_row(dropout.seed, 0, channels, r, 0, 0, draws_);
+    for_vectors(0, channels, [&](int64_t j, int64_t n, int) __attribute__((always_inline)) {
+      const Vec g = load(grad_out + j, n), x_hat = norm.normalised(load(h + j, n));
+      Vec dh = norm.dh(rounded_product(g, load(weight + j, n)), x_hat);
+      if constexpr (kAddsGrad) dh += load(grad_sum + j, n);
+      store(dresidual + j, dh, n);
       if constexpr (kDrops) {
-        const uint16_t* d = draws + i * draw_space(C) + j;
-        store(dx[i] + j, drop(dh, d, p.dropout.threshold, p.dropout.scale), n);
+        store(dx + j, drop(dh, draws + j, dropout.threshold, dropout.scale), n);
       }
-    }
-    store(dweight + j, load(dweight + j) + dw);
-    store(dbias + j, load(dbias + j) + db);
-  });
-}
+      store(dweight + j, fma(g, x_hat, load(dweight + j)));
+      store(dbias + j, load(dbias + j) + g);
+    });
+  }
+
+ private:
+  const NormGradParams& p_;
+  Scratch scratch_;
+  const float* weight_;
+  uint16_t* draws_;
+};
 
 template <typename Norm, typename T, bool kDrops, bool kAddsGrad>
 void backward(const NormGradParams& p, const Parallel& parallel) {
-  const int64_t C = p.channels, chunk = chunk_rows(p.rows), width = round_up(C, 64);
+  const int64_t C = p.channels, chunk = chunk_rows(p.rows, C), width = round_up(C, kColumns);
   const int64_t chunks = std::max<int64_t>(1, ceil_div(p.rows, chunk));  // without rows: zeros
   const int64_t unit_chunks = ceil_div(unit_rows(C, sizeof(T)), chunk);
   Scratch sums(Scratch::bytes<float>(2 * chunks * width));
   const Partials partials{sums.take<float>(2 * chunks * width), chunks, width};
   for_units(parallel, ceil_div(chunks, unit_chunks), [&](Units& units) {
-    const int64_t draws_space = kDrops ? kRows * draw_space(C) : 0;
-    Scratch scratch(Scratch::bytes<float>(C) + Scratch::bytes<uint16_t>(draws_space));
-    float* weight_buffer = scratch.take<float>(C);
-    uint16_t* draws = scratch.take<uint16_t>(draws_space);
-    const float* weight = parameter(p.weight, p.weight_dtype, 1.0f, C, weight_buffer);
+    const Backward<Norm, T, kDrops, kAddsGrad> worker(p);
     int64_t unit;
     while (units.next(unit)) {
       const int64_t last = std::min(chunks, (unit + 1) * unit_chunks);
       for (int64_t c = unit * unit_chunks; c < last; ++c) {
-        float *dweight = partials.dweight(c), *dbias = partials.dbias(c);
-        std::fill_n(dweight, 2 * width, 0.0f);
+        std::fill_n(partials.dweight(c), 2 * width, 0.0f);
         const int64_t end = std::min(p.rows, (c + 1) * chunk);
-        int64_t r = c * chunk;
-        for (; r + kRows <= end; r += kRows) {
-          backward_rows<Norm, T, kDrops, kAddsGrad, kRows>(p, r, weight, draws, dweight, dbias);
-        }
-        for (; r < end; ++r) {
-          backward_rows<Norm, T, kDrops, kAddsGrad, 1>(p, r, weight, draws, dweight, dbias);
+        for (int64_t r = c * chunk; r < end; ++r) {
+          worker.run(r, partials.dweight(c), partials.dbias(c));
         }
       }
     }
@@ -262,6 +282,11 @@ void backward(const NormGradParams& p, const Parallel& parallel) {
 }  // namespace
 
 void norm_fwd(const NormParams& p, const Parallel& parallel) {
+  if (p.channels == 0) {  // rows without elements have no statistics
+    std::fill_n(p.mean, p.rows, 0.0f);
+    std::fill_n(p.rstd, p.rows, 0.0f);
+    return;
+  }
   with_storage(p.dtype, [&](auto storage) {
     with_flags(bool(p.residual), p.dropout.active(), [&](auto adds, auto drops) {
       forward<LayerNorm, decltype(storage), adds, drops>(p, parallel);
@@ -270,6 +295,7 @@ void norm_fwd(const NormParams& p, const Parallel& parallel) {
 }
 
 void norm_bwd(const NormGradParams& p, const Parallel& parallel) {
+  if (p.channels == 0) return;
   with_storage(p.dtype, [&](auto storage) {
     with_flags(bool(p.dx), bool(p.grad_sum), [&](auto drops, auto adds_grad) {
       backward<LayerNorm, decltype(storage), drops, adds_grad>(p, parallel);

@@ -1,5 +1,5 @@
-// LayerNorm (Ba et al. 2016) of one row and its gradient: what the kernels of norm.cpp take as their
-// template parameter `Norm`. Another norm is another class with the same members.
+// LayerNorm (Ba et al. 2016) of one row and its gradient: what the kernels of norm.cpp take as
+// their template parameter `Norm`. Another norm is another class with the same members.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -26,31 +26,33 @@ FT_INLINE void for_vectors(int64_t begin, int64_t end, const Body& body) {
   if (j < end) body(j, end - j, 0);
 }
 
-// kCount sums over a row. `body(j, n, sums)` adds one vector's share to sums[0 … kCount).
-// A float accumulator takes kSteps values at most, and a double takes the accumulators: equal values
-// (dropped ones) round the same way every time, so errors grow with the number of steps.
+// kCount means over a row. `body(j, n, sums)` adds one vector's share to sums[0 … kCount).
+// A float accumulator takes kSteps values at most, and a double takes the accumulators: equal
+// values (dropped ones) round the same way every time, so errors grow with the number of steps.
 template <int kCount>
-struct RowSums {
+struct RowMeans {
   double of[kCount] = {};
 };
 template <int kCount, typename Body>
-FT_INLINE RowSums<kCount> row_sums(int64_t channels, const Body& body) {
+FT_INLINE RowMeans<kCount> row_means(int64_t channels, const Body& body) {
   constexpr int64_t kSteps = 16, kColumns = kSteps * kAccumulators * kWidth;
-  RowSums<kCount> total;
+  const double share = 1.0 / static_cast<double>(channels);
+  RowMeans<kCount> means;
   for (int64_t begin = 0; begin < channels; begin += kColumns) {
     Vec sums[kAccumulators][kCount] = {};
     for_vectors(begin, std::min(channels, begin + kColumns),
                 [&](int64_t j, int64_t n, int lane)
                     __attribute__((always_inline)) { body(j, n, sums[lane]); });
     for (int i = 0; i < kCount; ++i) {
-      total.of[i] += sum((sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]));
+      means.of[i] += sum((sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i])) * share;
     }
   }
-  return total;
+  return means;
 }
 
 // A product rounded like any value: the compiler cannot see through the empty instruction, and so
-// fuses nothing into it. It meets a sum of such products later, and in a row of one they must cancel.
+// fuses nothing into it. It meets a sum of such products later, and in a row of one they must
+// cancel.
 FT_INLINE Vec rounded_product(Vec a, Vec b) {
   Vec product = a * b;
 #if defined(__x86_64__)
@@ -62,36 +64,35 @@ FT_INLINE Vec rounded_product(Vec a, Vec b) {
 }
 
 // The lanes of x that exist; the others zero.
-FT_INLINE Vec only(Vec x, int64_t n) {
-  return n >= kWidth ? x : select(lanes_below(n), x, zero());
-}
+FT_INLINE Vec only(Vec x, int64_t n) { return n >= kWidth ? x : select(lanes_below(n), x, zero()); }
 
 class LayerNorm {
  public:
-  // Statistics of h, whose sum is known, in two passes: the mean, then centred squares. What the
-  // centred values still sum to (`rest_`) is what rounding took from the mean; with it, a mean
-  // thousands of deviations away from zero costs no accuracy.
-  template <typename T>
-  static FT_INLINE LayerNorm of_row(const T* h, int64_t channels, double total, float eps) {
+  // Statistics of a row, in one pass: `first(j, n)` makes a vector of it, `again(j, n)` gives it
+  // once more. Sums are taken around `shift_`, the mean of the first vector: as long as that lies
+  // within one standard deviation of the mean, E[d²] - E[d]² loses no more than a bit, whatever the
+  // mean is. Where it does not, sums are taken again around the mean.
+  template <typename First, typename Again>
+  static FT_INLINE LayerNorm of_row(int64_t channels, float eps, const First& first,
+                                    const Again& again) {
+    const int64_t sample = std::min<int64_t>(kWidth, channels);
     LayerNorm norm;
-    norm.mean_ = static_cast<float>(total / channels);
-    const auto sums = row_sums<2>(
-        channels, [&](int64_t j, int64_t n, Vec* s) __attribute__((always_inline)) {
-          const Vec centred = only(load(h + j, n) - norm.mean_, n);
-          s[0] += centred;
-          s[1] = fma(centred, centred, s[1]);
-        });
-    norm.rest_ = static_cast<float>(sums.of[0] / channels);
-    const float variance = static_cast<float>(sums.of[1] / channels) - norm.rest_ * norm.rest_;
-    norm.rstd_ = 1.0f / std::sqrt(std::max(variance, 0.0f) + eps);  // this order keeps a NaN
+    norm.shift_ = sum(first(0, sample)) / static_cast<float>(sample);
+    double variance = norm.around_shift(channels, first);
+    if (norm.rest_ * norm.rest_ > variance) [[unlikely]] {
+      norm.shift_ += norm.rest_;
+      variance = norm.around_shift(channels, again);
+    }
+    // In this order a NaN stays one.
+    norm.rstd_ = 1.0f / std::sqrt(std::max(static_cast<float>(variance), 0.0f) + eps);
     return norm;
   }
 
-  float mean() const { return mean_ + rest_; }
+  float mean() const { return shift_ + rest_; }
   float rstd() const { return rstd_; }
   // x̂ = (h - mean) rstd
   FT_INLINE Vec normalised(Vec h) const {
-    return fma(h - mean_, broadcast(rstd_), broadcast(-rest_ * rstd_));
+    return fma(h - shift_, broadcast(rstd_), broadcast(-rest_ * rstd_));
   }
 
   // dh = rstd (g - mean(g) - x̂ mean(g x̂)) of one row, where g is the gradient of x̂.
@@ -105,17 +106,17 @@ class LayerNorm {
       Gradient norm;
       norm.mean_ = mean;
       norm.rstd_ = rstd;
-      const auto sums = row_sums<3>(
-          channels, [&](int64_t j, int64_t n, Vec* s) __attribute__((always_inline)) {
+      const auto means =
+          row_means<3>(channels, [&](int64_t j, int64_t n, Vec* s) __attribute__((always_inline)) {
             const Vec gradient = g(j, n), x_hat = only(norm.normalised(h(j, n)), n);
             s[0] += gradient;
             s[1] = fma(gradient, x_hat, s[1]);
             s[2] += x_hat;
           });
-      const double of_g = sums.of[0] / channels, of_x_hat = sums.of[2] / channels;
+      const double of_g = means.of[0], of_x_hat = means.of[2];
       norm.rest_ = static_cast<float>(of_x_hat);
       norm.of_g_ = static_cast<float>(of_g);
-      norm.of_g_x_hat_ = static_cast<float>(sums.of[1] / channels - of_x_hat * of_g);
+      norm.of_g_x_hat_ = static_cast<float>(means.of[1] - of_x_hat * of_g);
       return norm;
     }
 
@@ -130,7 +131,20 @@ class LayerNorm {
   };
 
  private:
-  float mean_ = 0, rest_ = 0, rstd_ = 0;
+  // Sets `rest_`, returns the variance.
+  template <typename H>
+  FT_INLINE double around_shift(int64_t channels, const H& h) {
+    const auto means =
+        row_means<2>(channels, [&](int64_t j, int64_t n, Vec* s) __attribute__((always_inline)) {
+          const Vec d = only(h(j, n) - shift_, n);
+          s[0] += d;
+          s[1] = fma(d, d, s[1]);
+        });
+    rest_ = static_cast<float>(means.of[0]);
+    return means.of[1] - means.of[0] * means.of[0];
+  }
+
+  float shift_ = 0, rest_ = 0, rstd_ = 0;  // the mean is shift_ + rest_
 };
 
 }  // namespace ft::FT_ISA

@@ -54,10 +54,17 @@ FT_INLINE To as(From v) {
 FT_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // contracted where the machine can
 FT_INLINE Vec select(IVec mask, Vec yes, Vec no) { return mask ? yes : no; }
 
+#if defined(__AVX512F__)
+// The plain AVX-512 intrinsics pass an undefined operand through, which GCC 12 warns of in every
+// user of its own header. With all lanes chosen, the masked ones are the same instruction without
+// it.
+inline constexpr __mmask16 kAllLanes = 0xffff;
+#endif
+
 // Where one operand is NaN the second is returned, on every machine.
 FT_INLINE Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+  return (Vec)_mm512_maskz_max_ps(kAllLanes, (__m512)a, (__m512)b);
 #elif defined(__AVX2__)
   return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
 #elif defined(__x86_64__)
@@ -68,7 +75,7 @@ FT_INLINE Vec max(Vec a, Vec b) {
 }
 FT_INLINE Vec min(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_min_ps((__m512)a, (__m512)b);
+  return (Vec)_mm512_maskz_min_ps(kAllLanes, (__m512)a, (__m512)b);
 #elif defined(__AVX2__)
   return (Vec)_mm256_min_ps((__m256)a, (__m256)b);
 #elif defined(__x86_64__)
@@ -84,8 +91,9 @@ template <typename Op>
 FT_INLINE float fold(Vec v, const Op& op) {
 #if defined(__x86_64__)
 #if defined(__AVX512F__)
-  const __m256 half = op(_mm512_castps512_ps256((__m512)v),
-                         _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)v, 1)));
+  __m256 halves[2];
+  store_bits(halves, v);
+  const __m256 half = op(halves[0], halves[1]);
 #elif defined(__AVX2__)
   const __m256 half = (__m256)v;
 #endif
@@ -127,7 +135,7 @@ FT_INLINE IVec lanes_below(int64_t n) {
 // __builtin_convertvector between these.
 FT_INLINE UVec widen(HVec v) {
 #if defined(__AVX512F__)
-  return (UVec)_mm512_cvtepu16_epi32((__m256i)v);
+  return (UVec)_mm512_maskz_cvtepu16_epi32(kAllLanes, (__m256i)v);
 #elif defined(__AVX2__)
   return (UVec)_mm256_cvtepu16_epi32((__m128i)v);
 #elif defined(__x86_64__)
@@ -138,7 +146,7 @@ FT_INLINE UVec widen(HVec v) {
 }
 FT_INLINE HVec narrow(UVec v) {
 #if defined(__AVX512F__)
-  return (HVec)_mm512_cvtepi32_epi16((__m512i)v);
+  return (HVec)_mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)v);
 #else
   return __builtin_convertvector(v, HVec);
 #endif
@@ -146,9 +154,7 @@ FT_INLINE HVec narrow(UVec v) {
 
 // ---- Storage formats: load as float, store from float (round to nearest, ties to even).
 
-FT_INLINE Vec to_float(HVec v, bf16) {
-  return as<Vec>(widen(v) << 16);
-}
+FT_INLINE Vec to_float(HVec v, bf16) { return as<Vec>(widen(v) << 16); }
 FT_INLINE HVec from_float(Vec v, bf16) {
 #if defined(__AVX512BF16__)
   return (HVec)_mm512_cvtneps_pbh((__m512)v);
@@ -162,7 +168,7 @@ FT_INLINE HVec from_float(Vec v, bf16) {
 
 FT_INLINE Vec to_float(HVec v, fp16) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_cvtph_ps((__m256i)v);
+  return (Vec)_mm512_maskz_cvtph_ps(kAllLanes, (__m256i)v);
 #elif defined(__F16C__)
   return (Vec)_mm256_cvtph_ps((__m128i)v);
 #elif defined(__aarch64__)
@@ -179,7 +185,8 @@ FT_INLINE Vec to_float(HVec v, fp16) {
 }
 FT_INLINE HVec from_float(Vec v, fp16) {
 #if defined(__AVX512F__)
-  return (HVec)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (HVec)_mm512_maskz_cvtps_ph(kAllLanes, (__m512)v,
+                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
   return (HVec)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__aarch64__)
@@ -245,9 +252,9 @@ FT_INLINE void store(T* p, Vec v, int64_t n) {
 
 // ---- exp2(x) for x <= 127, on 2^x = 2^n 2^f with n = round(x) and |f| <= 1/2.
 //
-// kDegree 5: the minimax polynomial of 2^f, relative error 7.6e-8 in exact arithmetic, under 1.5 ulp
-// as computed. kDegree 3: 7.5e-5, a fiftieth of bf16's rounding, for what is rounded to bf16 at once.
-// Below -126.5 the result is exactly 0, so masked scores (-inf) contribute nothing.
+// kDegree 5: the minimax polynomial of 2^f, relative error 7.6e-8 in exact arithmetic, under 1.5
+// ulp as computed. kDegree 3: 7.5e-5, a fiftieth of bf16's rounding, for what is rounded to bf16 at
+// once. Below -126.5 the result is exactly 0, so masked scores (-inf) contribute nothing.
 template <int kDegree = 5>
 FT_INLINE Vec exp2(Vec x) {
   static_assert(kDegree == 3 || kDegree == 5);
