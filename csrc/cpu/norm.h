@@ -68,10 +68,11 @@ FT_INLINE Vec only(Vec x, int64_t n) { return n >= kWidth ? x : select(lanes_bel
 
 class LayerNorm {
  public:
-  // Statistics of a row, in one pass: `first(j, n)` makes a vector of it, `again(j, n)` gives it
-  // once more. Sums are taken around `shift_`, the mean of the first vector: as long as that lies
-  // within one standard deviation of the mean, E[d²] - E[d]² loses no more than a bit, whatever the
-  // mean is. Where it does not, sums are taken again around the mean.
+  // Statistics of a row, in one pass over shifted data (Chan, Golub and LeVeque 1983): `first(j,
+  // n)` makes a vector of it, `again(j, n)` gives it once more. Sums are taken around `shift_`, the
+  // mean of the first vector: as long as that lies within one standard deviation of the mean, E[d²]
+  // - E[d]² loses no more than a bit, whatever the mean is. Where it does not, sums are taken again
+  // around the mean.
   template <typename First, typename Again>
   static FT_INLINE LayerNorm of_row(int64_t channels, float eps, const First& first,
                                     const Again& again) {
