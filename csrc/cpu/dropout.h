@@ -28,6 +28,11 @@ FT_INLINE void store_interleaved(uint16_t* to, U64Vec a, U64Vec b) {
   const __m512i high = _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4);
   store_bits(to, _mm512_permutex2var_epi64((__m512i)a, low, (__m512i)b));
   store_bits(to + 32, _mm512_permutex2var_epi64((__m512i)a, high, (__m512i)b));
+#elif defined(__AVX2__)
+  const __m256i even = _mm256_unpacklo_epi64((__m256i)a, (__m256i)b);  // a0 b0 a2 b2
+  const __m256i odd = _mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
+  store_bits(to, _mm256_permute2x128_si256(even, odd, 0x20));
+  store_bits(to + 16, _mm256_permute2x128_si256(even, odd, 0x31));
 #else
   uint64_t words[2 * kCounters];
   for (int i = 0; i < kCounters; ++i) {
@@ -84,7 +89,7 @@ constexpr int64_t draw_space(int64_t columns) {
 FT_INLINE const uint16_t* draw_row(uint64_t seed, int64_t begin, int64_t end, int64_t row,
                                    int64_t head, int64_t batch, uint16_t* buffer) {
   const int64_t start = begin / kDrawsPerCall * kDrawsPerCall;
-  constexpr int kChains = 4;
+  constexpr int kChains = kWidth == 16 ? 4 : 3;  // as many as the registers hold
   int64_t c = start;
   for (; c + (kChains - 1) * kDraws < end; c += kChains * kDraws) {
     philox<kChains>(seed, c, row, head, batch, buffer + (c - start));

@@ -131,8 +131,8 @@ FT_INLINE IVec lanes_below(int64_t n) {
   return lane_numbers() < clipped;
 }
 
-// 16-bit lanes as 32-bit lanes, and their low halves back. GCC 12 has no single instruction for
-// __builtin_convertvector between these.
+// 16-bit lanes as 32-bit lanes, and back for lanes below 2^16. __builtin_convertvector would be
+// three to six instructions in GCC 12.
 FT_INLINE UVec widen(HVec v) {
 #if defined(__AVX512F__)
   return (UVec)_mm512_maskz_cvtepu16_epi32(kAllLanes, (__m256i)v);
@@ -147,6 +147,12 @@ FT_INLINE UVec widen(HVec v) {
 FT_INLINE HVec narrow(UVec v) {
 #if defined(__AVX512F__)
   return (HVec)_mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)v);
+#elif defined(__AVX2__)
+  const __m256i halves = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+  return (HVec)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
+#elif defined(__x86_64__)
+  const __m128i extended = _mm_srai_epi32(_mm_slli_epi32((__m128i)v, 16), 16);
+  return as<HVec>(_mm_cvtsi128_si64(_mm_packs_epi32(extended, extended)));
 #else
   return __builtin_convertvector(v, HVec);
 #endif
@@ -160,9 +166,8 @@ FT_INLINE HVec from_float(Vec v, bf16) {
   return (HVec)_mm512_cvtneps_pbh((__m512)v);
 #else
   const UVec bits = as<UVec>(v);
-  const UVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const UVec quiet_nan = (bits >> 16) | 0x40u;
-  return narrow(v == v ? rounded : quiet_nan);
+  const UVec rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return narrow((rounded | as<UVec>(v != v)) >> 16);  // all ones are a NaN too
 #endif
 }
 
