@@ -36,8 +36,8 @@ FT_INLINE UVec load_row_lanes(const T* p, int64_t left) {
 // One butterfly of a register transpose: swaps the off-diagonal kStep x kStep blocks.
 template <int kStep, int... kLane>
 FT_INLINE void swap_blocks(UVec& a, UVec& b, std::integer_sequence<int, kLane...>) {
-  const UVec low = __builtin_shufflevector(
-      a, b, ((kLane & kStep) ? kWidth + kLane - kStep : kLane)...);
+  const UVec low =
+      __builtin_shufflevector(a, b, ((kLane & kStep) ? kWidth + kLane - kStep : kLane)...);
   b = __builtin_shufflevector(a, b, ((kLane & kStep) ? kWidth + kLane : kLane + kStep)...);
   a = low;
 }
@@ -65,8 +65,7 @@ void pack_transposed(const T* src, int64_t ld, int64_t n, int64_t k, typename D:
 #pragma GCC unroll 16
         for (int r = 0; r < kWidth; ++r) {
           const int64_t at = l * D::kPerLane;
-          block[r] =
-              r < rows ? load_row_lanes<D>(src + (n0 + j + r) * ld + at, k - at) : UVec{};
+          block[r] = r < rows ? load_row_lanes<D>(src + (n0 + j + r) * ld + at, k - at) : UVec{};
         }
         transpose(block);
         const int64_t count = depth - l < kWidth ? depth - l : kWidth;
@@ -78,6 +77,19 @@ void pack_transposed(const T* src, int64_t ld, int64_t n, int64_t k, typename D:
   }
 }
 
+// kWidth lanes of neighbouring columns: element (l, j) of rows that are contiguous along j, `left`
+// of them there. A lane of two holds rows p and p + ld, or p and a zero without a `second` row.
+template <typename D, typename T>
+FT_INLINE UVec load_column_lanes(const T* p, int64_t ld, bool second, int64_t left) {
+  if (left <= 0) return UVec{};
+  if constexpr (D::kPerLane == 1) {
+    return as<UVec>(load(p, left));
+  } else {  // a bf16 is the upper half of its float
+    const UVec low = as<UVec>(load(p, left)) >> 16;
+    return second ? low | as<UVec>(load(p + ld, left)) : low;
+  }
+}
+
 // B from rows that are contiguous along n: src[k * ld + n] -> panels of n. This is V of attention,
 // and both operands of a weight gradient.
 template <typename D, typename T>
@@ -86,17 +98,41 @@ void pack_natural(const T* src, int64_t ld, int64_t n, int64_t k, typename D::La
   for (int64_t n0 = 0; n0 < n; n0 += kTileCols, panels += panel_size<D>(k)) {
     for (int64_t l = 0; l < depth; ++l) {
       const T* from = src + l * D::kPerLane * ld + n0;
+      const bool second = l * D::kPerLane + 1 < k;
       for (int64_t j = 0; j < kTileCols; j += kWidth) {
-        const int64_t left = n - n0 - j < 0 ? 0 : n - n0 - j;
-        typename D::Lane* to = panels + l * kTileCols + j;
-        if constexpr (D::kPerLane == 1) {
-          store(to, left > 0 ? load(from + j, left) : zero());
-        } else {
-          auto bits = [&](const T* p) {  // a bf16 is the upper half of its float
-            return left > 0 ? as<UVec>(load(p, left)) : UVec{};
-          };
-          const bool second = (l * D::kPerLane + 1) < k;
-          store_bits(to, (bits(from + j) >> 16) | (second ? bits(from + ld + j) : UVec{}));
+        store_bits(panels + l * kTileCols + j,
+                   load_column_lanes<D>(from + j, ld, second, n - n0 - j));
+      }
+    }
+  }
+}
+
+// A from rows that are contiguous along m: src[k * ld + m] -> strips of kTileRows, kStripLanes
+// lanes for each k, so that a tile reads one cache line after the other: strip s, lane (m, k) is at
+// dst[(s * depth + k) * kStripLanes + m]. This is the other operand of a weight gradient.
+inline constexpr int kStripLanes = 8;
+template <typename D, typename T>
+void pack_columns(const T* src, int64_t ld, int64_t m, int64_t k, typename D::Lane* dst) {
+  static_assert(kTileRows <= kStripLanes);
+  constexpr int64_t kDepth = 16, kCols = kTileRows * kWidth;  // a block that stays in L1
+  typename D::Lane block[kDepth][kCols + kStripLanes];
+  const int64_t depth = lanes<D>(k);
+  for (int64_t m0 = 0; m0 < m; m0 += kCols) {
+    const int64_t strips = (m - m0 < kCols ? m - m0 + kTileRows - 1 : kCols) / kTileRows;
+    for (int64_t l0 = 0; l0 < depth; l0 += kDepth) {
+      const int64_t rows = depth - l0 < kDepth ? depth - l0 : kDepth;
+      for (int64_t l = 0; l < rows; ++l) {
+        const int64_t at = (l0 + l) * D::kPerLane;
+        for (int64_t j = 0; j < kCols; j += kWidth) {
+          store_bits(&block[l][j],
+                     load_column_lanes<D>(src + at * ld + m0 + j, ld, at + 1 < k, m - m0 - j));
+        }
+      }
+      for (int64_t s = 0; s < strips; ++s) {
+        typename D::Lane* to = dst + ((m0 / kTileRows + s) * depth + l0) * kStripLanes;
+        for (int64_t l = 0; l < rows; ++l) {
+          std::memcpy(to + l * kStripLanes, &block[l][s * kTileRows],
+                      kStripLanes * sizeof(typename D::Lane));
         }
       }
     }

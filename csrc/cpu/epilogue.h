@@ -1,0 +1,142 @@
+// What becomes of a tile of C in linear_act and mlp: bias, activation, dropout, gradient, storage.
+//
+// It happens on the float sums while they are in L1, so the matrices between the products are
+// written once, in their storage type, and never read back for an elementwise pass.
+#pragma once
+#include "activation.h"
+#include "dropout.h"
+#include "matmul.h"
+
+namespace ft::FT_ISA {
+
+// How a matrix between two products is kept: as the lanes that the next product reads.
+template <typename T>
+using Kept = std::conditional_t<Dot<T>::kPerLane == 2, T, float>;
+
+// Calls `f` with a value of the storage type.
+template <typename F>
+void with_element(DType dtype, const F& f) {
+  if (dtype == DType::kBFloat16) return f(bf16{});
+  if (dtype == DType::kFloat16) return f(fp16{});
+  return f(float{});
+}
+
+// The draws of a tile's elements: column = feature, row = row of x, of which the chunk at hand
+// starts at `first_row`.
+class TileDraws {
+ public:
+  TileDraws(const Dropout& dropout, int64_t first_row, const Tile& t) : dropout_(dropout) {
+    if (!dropout.active()) return;
+    for (int64_t r = 0; r < t.rows; ++r) {
+      draw_row(dropout.seed, t.col, t.col + t.cols, first_row + t.row + r, 0, 0, draws_[r]);
+    }
+  }
+  FT_INLINE Vec drop(Vec v, int64_t row, int64_t col) const {
+    if (!dropout_.active()) return v;
+    return FT_ISA::drop(v, draws_[row] + col, dropout_.threshold, dropout_.scale);
+  }
+
+ private:
+  const Dropout& dropout_;
+  uint16_t draws_[kTileRows][draw_space(kTileCols)];
+};
+
+// out = dropout(act(C + bias)), and C + bias itself where it is asked for.
+template <typename T, typename Out>
+struct Activated {
+  Activation activation;
+  const T* bias;
+  RowsView pre, out;  // of T, of Out
+  Dropout dropout;
+  int64_t first_row;
+
+  void operator()(const Tile& t) const {
+    const TileDraws draws(dropout, first_row, t);
+    with_activation(activation, [&](auto kind) {
+      for (int64_t j = 0; j < t.cols; j += kWidth) {
+        const int64_t left = t.cols - j, col = t.col + j;
+        const Vec b = bias ? load(bias + col, left) : zero();
+        for (int64_t r = 0; r < t.rows; ++r) {
+          const Vec v = load(t.c + r * t.ldc + j) + b;
+          if (pre) store(mutable_row<T>(pre, t.row + r) + col, v, left);
+          const Vec h = draws.drop(activate<kind(), T>(v), r, j);
+          store(mutable_row<Out>(out, t.row + r) + col, h, left);
+        }
+      }
+    });
+  }
+};
+
+// C is the gradient of h = dropout(act(pre)): dpre = dropout(C) act'(pre), and h once more. Either
+// may be absent; without dpre, C is not read.
+template <typename T>
+struct HiddenGradient {
+  Activation activation;
+  RowsView pre;      // of T
+  RowsView dpre, h;  // of Kept<T>
+  Dropout dropout;
+  int64_t first_row;
+
+  void operator()(const Tile& t) const {
+    const TileDraws draws(dropout, first_row, t);
+    with_activation(activation, [&](auto kind) {
+      for (int64_t j = 0; j < t.cols; j += kWidth) {
+        const int64_t left = t.cols - j, col = t.col + j;
+        for (int64_t r = 0; r < t.rows; ++r) {
+          const Vec x = load(row<T>(pre, t.row + r) + col, left);
+          if (h) {
+            const Vec v = draws.drop(activate<kind(), T>(x), r, j);
+            store(mutable_row<Kept<T>>(h, t.row + r) + col, v, left);
+          }
+          if (dpre) {
+            const Vec v = draws.drop(load(t.c + r * t.ldc + j), r, j);
+            store(mutable_row<Kept<T>>(dpre, t.row + r) + col,
+                  v * activation_gradient<kind(), T>(x), left);
+          }
+        }
+      }
+    });
+  }
+};
+
+// C as it is.
+template <typename T>
+struct Stored {
+  RowsView out;
+
+  void operator()(const Tile& t) const {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      T* to = mutable_row<T>(out, t.row + r) + t.col;
+      for (int64_t j = 0; j < t.cols; j += kWidth) {
+        store(to + j, load(t.c + r * t.ldc + j), t.cols - j);
+      }
+    }
+  }
+};
+
+// A sum over several products: of floats, and in the storage type with the last one.
+template <typename T>
+struct Accumulated {
+  RowsView out;  // of T
+  RowsView sum;  // of float; not touched where one product is all
+  bool first, last;
+
+  void operator()(const Tile& t) const {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      float* s = first && last ? nullptr : mutable_row<float>(sum, t.row + r) + t.col;
+      T* to = last ? mutable_row<T>(out, t.row + r) + t.col : nullptr;
+      for (int64_t j = 0; j < t.cols; j += kWidth) {
+        const int64_t left = t.cols - j;
+        Vec v = load(t.c + r * t.ldc + j);
+        if (!first) v += load(s + j, left);
+        if (last) {
+          store(to + j, v, left);
+        } else {
+          store(s + j, v, left);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace ft::FT_ISA

@@ -1,0 +1,121 @@
+// C = A B of whole matrices, and what is done to C before it is stored.
+//
+//   C[m][n] = sum over k of A[m][k] * B[k][n]      then `finish` gets it, a tile at a time, in
+//   float
+//
+// Both operands may lie in memory either way round and in any storage type. Each element of C is
+// summed in the same order whatever the other sizes, the number of threads and the cut into units
+// are: blocks of kSumLanes lanes from zero, added up in order of k. (Few rows are the exception,
+// see dots.h: another order, again the same for every number of threads.)
+#pragma once
+#include "dots.h"
+#include "parallel.h"
+
+namespace ft::FT_ISA {
+
+// A as rows that are contiguous along k (activations), or along m (for weight gradients).
+template <typename D>
+struct Left {
+  using Lane = typename D::Lane;
+  const void* data;
+  int64_t ld;
+  // Rows [m, m + rows) of elements [k, k + count) as rows of lanes, or as the strips of
+  // pack_columns; absent where the rows in memory are rows of lanes as they stand.
+  void (*pack)(const Left& a, int64_t m, int64_t rows, int64_t k, int64_t count, Lane* dst);
+  bool strips;
+
+  // The first of kTileRows rows at m of the lanes from l, in place.
+  LanesA<Lane> in_place(int64_t m, int64_t l) const {
+    const int64_t stride = ld / D::kPerLane;
+    return {static_cast<const Lane*>(data) + m * stride + l, stride, 1};
+  }
+};
+
+// B as rows that are contiguous along k (an nn.Linear's weight), or along n.
+template <typename D>
+struct Right {
+  using Lane = typename D::Lane;
+  const void* data;
+  int64_t ld;
+  // Panels of columns [n, n + cols) of elements [k, k + count).
+  void (*pack)(const Right& b, int64_t n, int64_t cols, int64_t k, int64_t count, Lane* panels);
+  // Few rows of lanes times columns [n, n + cols), see dots.h; absent where B is contiguous along
+  // n.
+  void (*dots)(const Right& b, const Lane* x, int64_t x_ld, int64_t rows, int64_t n, int64_t cols,
+               int64_t k, float* c);
+};
+
+template <typename D, typename T>
+Left<D> rows_along_k(const RowsView& a, int64_t k) {
+  const int64_t ld = a.stride[0];
+  if (rows_are_lanes<D>(static_cast<const T*>(a.data), ld, k)) return {a.data, ld, nullptr, false};
+  return {a.data, ld,
+          [](const Left<D>& a, int64_t m, int64_t rows, int64_t k, int64_t count,
+             typename D::Lane* dst) {
+            pack_rows<D>(static_cast<const T*>(a.data) + m * a.ld + k, a.ld, rows, count, dst,
+                         lanes<D>(count));
+          },
+          false};
+}
+template <typename D, typename T>
+Left<D> rows_along_m(const RowsView& a) {
+  return {a.data, a.stride[0],
+          [](const Left<D>& a, int64_t m, int64_t rows, int64_t k, int64_t count,
+             typename D::Lane* dst) {
+            pack_columns<D>(static_cast<const T*>(a.data) + k * a.ld + m, a.ld, rows, count, dst);
+          },
+          true};
+}
+template <typename D, typename T>
+Right<D> columns_along_k(const RowsView& b) {
+  return {b.data, b.stride[0],
+          [](const Right<D>& b, int64_t n, int64_t cols, int64_t k, int64_t count,
+             typename D::Lane* panels) {
+            pack_transposed<D>(static_cast<const T*>(b.data) + n * b.ld + k, b.ld, cols, count,
+                               panels);
+          },
+          [](const Right<D>& b, const typename D::Lane* x, int64_t x_ld, int64_t rows, int64_t n,
+             int64_t cols, int64_t k, float* c) {
+            dots<D>(x, x_ld, rows, static_cast<const T*>(b.data) + n * b.ld, b.ld, cols, k, c);
+          }};
+}
+template <typename D, typename T>
+Right<D> columns_along_n(const RowsView& b) {
+  return {b.data, b.stride[0],
+          [](const Right<D>& b, int64_t n, int64_t cols, int64_t k, int64_t count,
+             typename D::Lane* panels) {
+            pack_natural<D>(static_cast<const T*>(b.data) + k * b.ld + n, b.ld, cols, count,
+                            panels);
+          },
+          nullptr};
+}
+
+// A finished tile of C: `rows` <= kTileRows rows from `row` on, `cols` <= kTileCols columns from
+// `col` on, a multiple of kTileCols. Whole vectors may be read; columns past the last are zero.
+struct Tile {
+  int64_t row, rows, col, cols;
+  const float* c;
+  int64_t ldc;
+};
+struct Finish {
+  const void* context;
+  void (*call)(const void* context, const Tile& tile);
+};
+
+struct Size {
+  int64_t m, n, k;
+};
+template <typename D>
+void matmul(const Parallel& parallel, const Size& size, const Left<D>& a, const Right<D>& b,
+            const Finish& finish);  // matmul.cpp
+
+// `finish` is called with every tile once, from many threads.
+template <typename D, typename F>
+void matmul(const Parallel& parallel, const Size& size, const Left<D>& a, const Right<D>& b,
+            const F& finish) {
+  matmul(parallel, size, a, b, Finish{&finish, [](const void* f, const Tile& tile) {
+                                        (*static_cast<const F*>(f))(tile);
+                                      }});
+}
+
+}  // namespace ft::FT_ISA
