@@ -1,4 +1,4 @@
-"""The fixed table of cases that tests and benchmarks walk, and the error that is allowed.
+"""The fixed table of cases that tests and benchmarks walk; the error allowed is in accuracy.py.
 
 A case says what is computed, not on what: `case.inputs(dtype)` makes fresh arguments for the public
 function `case.op`, the same at every call. Cases for "test" are small and odd, those for "bench"
@@ -6,14 +6,27 @@ have the sizes that models use; both lists are fixed, so that no kernel is tuned
 """
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fast_transformer import backends, ops
+from fast_transformer.accuracy import assert_close_to_reference, check, evaluate, in_float64
+
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "AttentionCase",
+    "MlpCase",
+    "NormCase",
+    "assert_close_to_reference",
+    "cases",
+    "check",
+    "evaluate",
+    "in_float64",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -291,77 +304,3 @@ CASES: tuple[Case, ...] = (
 def cases(family: str, use: str) -> list[Case]:
     """Return the cases of one family for "test" or "bench"."""
     return [case for case in CASES if case.family == family and case.use == use]
-
-
-def evaluate(op: str, inputs: Mapping[str, Any], wrt: Iterable[str]) -> dict[str, Tensor]:
-    """Call the public function and differentiate it: outputs "0", "1", gradients "d<argument>".
-
-    Every output is weighed by random numbers of its own, the same for every dtype.
-    """
-    leaves = {name: inputs[name].detach().requires_grad_() for name in wrt}
-    outputs = getattr(ops, op)(**{**inputs, **leaves})
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    results = {str(i): output.detach() for i, output in enumerate(outputs)}
-    if leaves:
-        random = _random(op)
-        weights = [torch.randn(x.shape, generator=random).to(x.dtype) for x in outputs]
-        grads = torch.autograd.grad(outputs, list(leaves.values()), weights)
-        results |= {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-    return results
-
-
-def in_float64(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the same arguments with every floating tensor in float64."""
-    return {
-        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in inputs.items()
-    }
-
-
-def check(
-    op: str, inputs: Mapping[str, Any], wrt: Iterable[str] = (), backend: str = "cpu"
-) -> None:
-    """Run the op and its gradients on `backend` and hold the error to the project's rule."""
-    wrt = tuple(wrt)
-    with backends.backend(backend):
-        got = evaluate(op, inputs, wrt)
-    with backends.backend("reference"):
-        same = evaluate(op, inputs, wrt)
-        exact = evaluate(op, in_float64(inputs), wrt)
-    assert_close_to_reference(got, same, exact)
-
-
-def assert_close_to_reference(
-    got: Mapping[str, Tensor], same: Mapping[str, Tensor], exact: Mapping[str, Tensor]
-) -> None:
-    """Raise AssertionError unless each tensor of `got` errs no more than plain PyTorch may.
-
-    got: what is judged; same: the reference at the same dtype; exact: the reference in float64.
-    The error against `exact` is at most 2 × that of `same` + eps(dtype) · max|exact|, both in the
-    maximum and in the root of the mean square; where `exact` is infinite, so is `got`.
-    """
-    assert got.keys() == exact.keys() == same.keys(), (got.keys(), same.keys(), exact.keys())
-    for name, x in got.items():
-        truth, plain = exact[name], same[name]
-        assert x.shape == truth.shape, f"{name}: shape {x.shape} for {truth.shape}"
-        assert x.dtype == plain.dtype, f"{name}: dtype {x.dtype} for {plain.dtype}"
-        infinite = truth.isinf()
-        assert torch.equal(x[infinite].double(), truth[infinite]), f"{name}: wrong infinities"
-        truth, x, plain = (t.double().masked_fill(infinite, 0) for t in (truth, x, plain))
-        assert bool(x.isfinite().all()), f"{name}: {int((~x.isfinite()).sum())} are not finite"
-        error, allowed = (x - truth).abs(), (plain - truth).nan_to_num().abs()
-        floor = torch.finfo(got[name].dtype).eps * _largest(truth)
-        for kind, measure in (("largest", _largest), ("mean square", _root_mean_square)):
-            limit = 2 * measure(allowed) + floor
-            assert measure(error) <= limit, (
-                f"{name}: {kind} error {measure(error):.3g} over {limit:.3g} (plain PyTorch errs "
-                f"by {measure(allowed):.3g}, values reach {_largest(truth):.3g})"
-            )
-
-
-def _largest(x: Tensor) -> float:
-    return x.abs().max().item() if x.numel() else 0.0
-
-
-def _root_mean_square(x: Tensor) -> float:
-    return x.square().mean().sqrt().item() if x.numel() else 0.0

@@ -40,10 +40,11 @@ STABLE_TORCH_LIBRARY(fast_transformer, m) {
   m.def(
       "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? key_starts, "
       "Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, float scale, "
-      "bool causal, int? causal_offset, float dropout_p) -> (Tensor out, Tensor lse)");
+      "bool causal, int? causal_offset, float dropout_p, bool save_softmax) "
+      "-> (Tensor out, Tensor lse, Tensor softmax)");
   m.def(
       "attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
-      "Tensor out, Tensor lse, Tensor? bias, Tensor? key_starts, Tensor? key_lengths, "
+      "Tensor out, Tensor softmax, Tensor? bias, Tensor? key_starts, Tensor? key_lengths, "
       "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, float scale, bool causal, "
       "int? causal_offset, float dropout_p) -> (Tensor dq, Tensor dk, Tensor dv)");
 

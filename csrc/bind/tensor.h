@@ -10,9 +10,9 @@
 #include <string>
 #include <tuple>
 
+#include "../common/parallel.h"
 #include "../common/philox.h"
 #include "../common/types.h"
-#include "../common/parallel.h"
 #include "../cpu/kernels.h"
 
 namespace ft::bind {
@@ -72,8 +72,8 @@ inline Tensor empty_rows(const Tensor& like, int64_t last, int32_t type) {
     step *= size[i] > 1 ? size[i] : 1;
   }
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, size, stride, type,
-                                                  aoti_torch_device_type_cpu(), 0, &made));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, size, stride, type, aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 // Stands for a result that was not asked for.
@@ -129,8 +129,8 @@ inline Dropout dropout(double p, const OptionalTensor& seed) {
   STD_TORCH_CHECK(p > 0.0 && p <= 1.0, "fast_transformer: dropout_p must lie in [0, 1]");
   STD_TORCH_CHECK(seed && seed->numel() == 1 && scalar_type(*seed) == aoti_torch_dtype_int64(),
                   "fast_transformer: dropout needs a seed, a 0-d int64 tensor");
-  return Dropout::with(
-      p, static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())));
+  return Dropout::with(p,
+                       static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())));
 }
 
 // torch's own pool, for one call.

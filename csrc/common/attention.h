@@ -13,6 +13,10 @@ struct AttentionParams {
   HeadsView query, key, value;  // (B, H, T | S, D)
   HeadsView out;                // written by forward, read by backward
   float* lse = nullptr;         // (B, H, T), natural logarithm; -inf where a row has no key
+  // (B, H, T, 2): what forward subtracts from a row's scores, and the sum of its exponentials
+  // (0 where a row has no key). With them backward forms the same softmax; lse is rounded too much
+  // where it is large. May be absent in forward.
+  float* softmax = nullptr;
 
   // Packed sequences: tokens of sequence b are rows [cu_seqlens[b], cu_seqlens[b + 1]) of the one
   // "batch" that the tensors have; q_len and kv_len then count all tokens.
@@ -24,7 +28,7 @@ struct AttentionParams {
   HeadsView bias;  // (B, H, T, S), stride 0 where broadcast
   DType bias_dtype = DType::kFloat32;
 
-  float scale = 1.0f;
+  double scale = 1.0;
   bool causal = false;
   bool default_offset = true;  // causal_offset is S - T of each sequence
   int64_t causal_offset = 0;

@@ -27,7 +27,7 @@ struct NormGradParams {
   RowsView sum;                 // what was normalised
   const float *mean = nullptr, *rstd = nullptr;
   const void* weight = nullptr;
-  RowsView dresidual, dx;                     // dx may be absent: then it equals dresidual
+  RowsView dresidual, dx;                      // dx may be absent: then it equals dresidual
   float *dweight = nullptr, *dbias = nullptr;  // (channels,), either may be absent
   Dropout dropout;
 };

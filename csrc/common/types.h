@@ -6,7 +6,8 @@ namespace ft {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kBool };
 
-// Storage formats. Arithmetic never happens in them: they are loaded as float and stored from float.
+// Storage formats. Arithmetic never happens in them: they are loaded as float and stored from
+// float.
 struct bf16 {
   uint16_t bits;
 };

@@ -38,7 +38,7 @@ class TileDraws {
 
  private:
   const Dropout& dropout_;
-  uint16_t draws_[kTileRows][draw_space(kTileCols)];
+  uint16_t draws_[kMostTileRows][draw_space(kTileCols)];
 };
 
 // out = dropout(act(C + bias)), and C + bias itself where it is asked for.

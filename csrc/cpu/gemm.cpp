@@ -51,8 +51,7 @@ constexpr TileTable<D> make_table(std::integer_sequence<int, kRows...>) {
 }  // namespace
 
 template <typename D>
-const TileTable<D> Tiles<D>::table =
-    make_table<D>(std::make_integer_sequence<int, kTileRows>());
+const TileTable<D> Tiles<D>::table = make_table<D>(std::make_integer_sequence<int, D::kTileRows>());
 
 template struct Tiles<FloatDot>;
 #if defined(__AVX512BF16__)

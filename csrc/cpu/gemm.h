@@ -3,19 +3,23 @@
 //   C[m][n] (+)= sum over k of A[m][k] * B[k][n]        C in float
 //
 // k counts *lanes*, the 32 bits that one multiply-add takes from A: one float, or a pair of bf16
-// where the machine has the dot product of pairs. kTileRows x kTileCols accumulators stay in
+// where the machine has the dot product of pairs. D::kTileRows x kTileCols accumulators stay in
 // registers while k runs: for each k one broadcast a row of A and one load a vector of B feed
-// kTileRows * kTileVecs multiply-adds, so loads stay below one a multiply-add.
+// D::kTileRows * kTileVecs multiply-adds, so loads stay below one a multiply-add.
 // Goto and van de Geijn, "Anatomy of high-performance matrix multiplication", 2008.
 #pragma once
+#include <algorithm>
+
 #include "simd.h"
 
 namespace ft::FT_ISA {
 
-// How one lane is multiplied and added.
+// How one lane is multiplied and added, and how many rows of A a tile takes. 32 vector registers
+// hold 6 x 4 accumulators, a row of B and a broadcast; 16 hold 6 x 2.
 struct FloatDot {
   using Lane = float;
   static constexpr int kPerLane = 1;
+  static constexpr int kTileRows = 6;
   static FT_INLINE Vec broadcast_lane(Lane a) { return broadcast(a); }
   static FT_INLINE Vec load_lanes(const Lane* b) { return load(b); }
   static FT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
@@ -25,6 +29,7 @@ struct FloatDot {
 struct BFloat16Dot {
   using Lane = uint32_t;  // elements 2k (low half) and 2k + 1
   static constexpr int kPerLane = 2;
+  static constexpr int kTileRows = 6;
   static FT_INLINE UVec broadcast_lane(Lane a) { return a | UVec{}; }
   static FT_INLINE UVec load_lanes(const Lane* b) { return load_bits<UVec>(b); }
   static FT_INLINE Vec multiply_add(UVec a, UVec b, Vec c) {
@@ -47,8 +52,8 @@ struct DotFor<bf16> {
 template <typename T>
 using Dot = typename DotFor<T>::type;
 
-// 32 vector registers hold 6 x 4 accumulators, a row of B and a broadcast; 16 hold 6 x 2.
-inline constexpr int kTileRows = 6;
+inline constexpr int kMostTileRows = std::max(FloatDot::kTileRows, Dot<bf16>::kTileRows);
+
 #if defined(__AVX512F__) || defined(__aarch64__)
 inline constexpr int kTileVecs = 4;
 #else
@@ -72,7 +77,7 @@ struct LanesA {
   int64_t row_stride, k_stride;
 };
 
-// C tile of `rows` (1…kTileRows) x `vecs` (1…kTileVecs) vectors; B has `ldb` lanes between
+// C tile of `rows` (1…D::kTileRows) x `vecs` (1…kTileVecs) vectors; B has `ldb` lanes between
 // successive k. With `accumulate` the sum is added to C, else C is overwritten.
 template <typename D>
 using TileFunction = void (*)(int64_t k, LanesA<typename D::Lane> a, const typename D::Lane* b,
@@ -80,16 +85,16 @@ using TileFunction = void (*)(int64_t k, LanesA<typename D::Lane> a, const typen
 
 template <typename D>
 struct TileTable {
-  TileFunction<D> at[kTileRows][kTileVecs];
+  TileFunction<D> at[D::kTileRows][kTileVecs];
 };
 template <typename D>
 struct Tiles {
   static const TileTable<D> table;  // gemm.cpp
 };
 
-// A strip: `rows` <= kTileRows rows of A against `cols` columns in panels that lie `panel_stride`
-// lanes apart; C is written in whole vectors, so its rows must have room up to the next kWidth.
-// `b` points at the first k of the first panel.
+// A strip: `rows` <= D::kTileRows rows of A against `cols` columns in panels that lie
+// `panel_stride` lanes apart; C is written in whole vectors, so its rows must have room up to the
+// next kWidth. `b` points at the first k of the first panel.
 template <typename D>
 FT_INLINE void multiply_strip(int64_t rows, int64_t cols, int64_t k, LanesA<typename D::Lane> a,
                               const typename D::Lane* b, int64_t panel_stride, float* c,

@@ -14,10 +14,10 @@ RowsView rows_from(const RowsView& v, int64_t begin) {
 }
 
 // Calls `f(begin, rows)` for chunks of the rows, at most `most` each and about equal.
-template <typename F>
+template <typename D, typename F>
 void for_chunks(int64_t rows, int64_t most, const F& f) {
   const int64_t chunks = std::max<int64_t>(1, ceil_div(rows, most));
-  const int64_t each = round_up(ceil_div(rows, chunks), kTileRows);
+  const int64_t each = round_up(ceil_div(rows, chunks), D::kTileRows);
   int64_t begin = 0;
   do {
     f(begin, std::min(each, rows - begin));

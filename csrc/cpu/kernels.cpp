@@ -21,7 +21,7 @@ double copy_bandwidth(int64_t bytes);
 namespace isa = ft::FT_ISA;
 
 const ft::Kernels ft_cpu_kernels = {
-    FT_STRING(FT_ISA),   isa::attention_fwd,  isa::attention_bwd, isa::norm_fwd, isa::norm_bwd,
-    isa::linear_act_fwd, isa::linear_act_bwd, isa::mlp_fwd,       isa::mlp_bwd,
-    isa::peak_flops,     isa::read_bandwidth, isa::copy_bandwidth,
+    FT_STRING(FT_ISA), isa::attention_fwd,  isa::attention_bwd,  isa::norm_fwd,
+    isa::norm_bwd,     isa::linear_act_fwd, isa::linear_act_bwd, isa::mlp_fwd,
+    isa::mlp_bwd,      isa::peak_flops,     isa::read_bandwidth, isa::copy_bandwidth,
 };

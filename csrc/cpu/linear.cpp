@@ -63,13 +63,13 @@ void backward(const LinearGradParams& p, const Parallel& parallel) {
   }
   const int64_t ld = round_up(p.n, D::kPerLane);
   const int64_t most = std::max<int64_t>(
-      kTileRows, kChunkBytes / std::max<int64_t>(1, ld * static_cast<int64_t>(sizeof(Kept<T>))));
-  const int64_t chunk = std::min(most + kTileRows, p.m);
+      D::kTileRows, kChunkBytes / std::max<int64_t>(1, ld * static_cast<int64_t>(sizeof(Kept<T>))));
+  const int64_t chunk = std::min(most + D::kTileRows, p.m);
   Scratch scratch(Scratch::bytes<Kept<T>>(chunk * ld));
   const RowsView dpre{scratch.take<Kept<T>>(chunk * ld), {ld}};
   WeightGradient<T> dw(p.dw, p.n, p.k, p.m <= most);
   BiasGradient<T> db(p.db, p.n);
-  for_chunks(p.m, most, [&](int64_t begin, int64_t rows) {
+  for_chunks<D>(p.m, most, [&](int64_t begin, int64_t rows) {
     through_activation<T>(p, parallel, begin, rows, dpre);
     gradients_of_chunk<T, Kept<T>>(p, parallel, dpre, begin, rows, dw, db);
   });

@@ -8,8 +8,9 @@
 namespace ft::FT_ISA {
 namespace {
 
-// Of A that is packed at a time; its kSumLanes columns stay in L2 while all panels pass.
-constexpr int64_t kPackedRows = 16 * kTileRows;
+// Of A that is packed at a time; its kSumLanes columns stay in L2 while all panels pass. Whole
+// tiles of either height.
+constexpr int64_t kPackedRows = 96;
 
 // What a unit of work computes: so many rows of C times so many panels of columns.
 struct Unit {
@@ -30,7 +31,7 @@ Unit choose_unit(const Size& size, const Left<D>& a, int64_t threads) {
     const int64_t wanted = ceil_div(kUnitsPerThread * threads, groups);
     row_blocks = std::max(row_blocks, std::min(wanted, ceil_div(size.m, 2 * kPackedRows)));
   }
-  return {round_up(ceil_div(size.m, row_blocks), kTileRows), ceil_div(columns, groups)};
+  return {round_up(ceil_div(size.m, row_blocks), D::kTileRows), ceil_div(columns, groups)};
 }
 
 template <typename D>
@@ -49,10 +50,10 @@ class Worker {
         ldc_(unit.panels * kTileCols),
         scratch_(Scratch::bytes<Lane>(packed_lanes()) +
                  Scratch::bytes<Lane>(unit.panels * block_ * kTileCols) +
-                 Scratch::bytes<float>(unit.rows * ldc_)) {
+                 Scratch::bytes<float>(c_rows(unit) * ldc_)) {
     rows_ = scratch_.take<Lane>(packed_lanes());
     panels_ = scratch_.take<Lane>(unit.panels * block_ * kTileCols);
-    c_ = scratch_.take<float>(unit.rows * ldc_);
+    c_ = scratch_.take<float>(c_rows(unit) * ldc_);
   }
 
   void run(int64_t m, int64_t rows, int64_t n, int64_t cols) {
@@ -71,28 +72,36 @@ class Worker {
       }
       l += k;
     } while (l < depth_);
+    finish_last();
   }
 
  private:
   // Rows [i, i + some) of the unit times the panel at column j, over k lanes from l on.
   void strips(int64_t m, int64_t i, int64_t some, int64_t n, int64_t j, int64_t cols, int64_t l,
               int64_t k, bool last) {
-    // With nothing to be added up later, C of one strip is as good as any other's.
+    // With nothing to be added up later, C of two strips takes turns.
     const bool once = last && l == 0;
-    for (int64_t r = 0; r < some; r += kTileRows) {
-      const int64_t count = std::min<int64_t>(kTileRows, some - r);
-      float* c = c_ + (once ? 0 : i + r) * ldc_ + j;
-      const LanesA<Lane> a =
-          !a_.pack    ? a_.in_place(m + i + r, l)
-          : a_.strips ? LanesA<Lane>{rows_ + r / kTileRows * k * kStripLanes, 1, kStripLanes}
-                      : LanesA<Lane>{rows_ + r * k, k, 1};
+    for (int64_t r = 0; r < some; r += D::kTileRows) {
+      const int64_t count = std::min<int64_t>(D::kTileRows, some - r);
+      float* c = c_ + (once ? (turn_ ^= D::kTileRows) : i + r) * ldc_ + j;
+      const LanesA<Lane> a = !a_.pack    ? a_.in_place(m + i + r, l)
+                             : a_.strips ? packed_strip<D>(rows_, r, k)
+                                         : LanesA<Lane>{rows_ + r * k, k, 1};
       multiply_strip<D>(count, cols, k, a, panels_ + j * k, 0, c, ldc_, l > 0);
-      if (last) finish_.call(finish_.context, {m + i + r, count, n + j, cols, c, ldc_});
+      if (last) {
+        finish_last();
+        done_ = {m + i + r, count, n + j, cols, c, ldc_};
+      }
     }
   }
-  size_t packed_lanes() const {
-    return a_.pack ? kPackedRows / kTileRows * kStripLanes * block_ : 0;
+  // What finishes a tile waits for its last sums, and would keep the processor from looking ahead
+  // to the next tile. So it runs behind that.
+  void finish_last() {
+    if (done_.rows > 0) finish_.call(finish_.context, done_);
+    done_.rows = 0;
   }
+  int64_t c_rows(const Unit& unit) const { return std::max<int64_t>(unit.rows, 2 * D::kTileRows); }
+  size_t packed_lanes() const { return a_.pack ? packed_columns<D>(kPackedRows, block_) : 0; }
 
   const Size& size_;
   const Left<D>& a_;
@@ -102,6 +111,8 @@ class Worker {
   Scratch scratch_;
   Lane *rows_, *panels_;
   float* c_;
+  int64_t turn_ = 0;
+  Tile done_{};
 };
 
 template <typename D>
@@ -143,8 +154,8 @@ void few_rows(const Parallel& parallel, const Size& size, const Left<D>& a, cons
     for (int64_t i; units.next(i);) {
       const int64_t n = i * kTileCols, cols = std::min<int64_t>(kTileCols, size.n - n);
       b.dots(b, x, x_ld, size.m, n, cols, size.k, c);
-      for (int64_t r = 0; r < size.m; r += kTileRows) {
-        const int64_t rows = std::min<int64_t>(kTileRows, size.m - r);
+      for (int64_t r = 0; r < size.m; r += D::kTileRows) {
+        const int64_t rows = std::min<int64_t>(D::kTileRows, size.m - r);
         finish.call(finish.context, {r, rows, n, cols, c + r * kTileCols, kTileCols});
       }
     }

@@ -24,7 +24,7 @@ struct Left {
   void (*pack)(const Left& a, int64_t m, int64_t rows, int64_t k, int64_t count, Lane* dst);
   bool strips;
 
-  // The first of kTileRows rows at m of the lanes from l, in place.
+  // The first of D::kTileRows rows at m of the lanes from l, in place.
   LanesA<Lane> in_place(int64_t m, int64_t l) const {
     const int64_t stride = ld / D::kPerLane;
     return {static_cast<const Lane*>(data) + m * stride + l, stride, 1};
@@ -90,7 +90,7 @@ Right<D> columns_along_n(const RowsView& b) {
           nullptr};
 }
 
-// A finished tile of C: `rows` <= kTileRows rows from `row` on, `cols` <= kTileCols columns from
+// A finished tile of C: `rows` <= D::kTileRows rows from `row` on, `cols` <= kTileCols columns from
 // `col` on, a multiple of kTileCols. Whole vectors may be read; columns past the last are zero.
 struct Tile {
   int64_t row, rows, col, cols;

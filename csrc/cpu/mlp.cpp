@@ -13,6 +13,7 @@ constexpr int64_t kBackwardBytes = int64_t{16} << 20;
 // Chunks of matrices of F hidden features, as they are kept between two products.
 template <typename T>
 struct Hidden {
+  static constexpr int64_t kTileRows = Dot<T>::kTileRows;
   int64_t ld;    // successive rows do not start in the same cache set
   int64_t most;  // rows of a chunk
 
@@ -20,7 +21,7 @@ struct Hidden {
     constexpr int64_t kElement = sizeof(Kept<T>), kLine = 64 / kElement;
     ld = round_up(f, kLine) + kLine;
     most = chunk_bytes / (ld * kElement) / kTileRows * kTileRows;
-    most = std::max<int64_t>(kTileRows, std::min(round_up(m, kTileRows), most));
+    most = std::max(kTileRows, std::min(round_up(m, kTileRows), most));
   }
   int64_t elements() const { return most * ld; }
   size_t bytes() const { return Scratch::bytes<Kept<T>>(elements()); }
@@ -34,7 +35,7 @@ void forward(const MlpParams& p, const Parallel& parallel) {
   Scratch scratch(kept.bytes());
   const RowsView hidden = kept.take(scratch);
   const T *b1 = static_cast<const T*>(p.b1), *b2 = static_cast<const T*>(p.b2);
-  for_chunks(p.m, kept.most, [&](int64_t begin, int64_t rows) {
+  for_chunks<D>(p.m, kept.most, [&](int64_t begin, int64_t rows) {
     matmul(parallel, {rows, p.f, p.k}, rows_along_k<D, T>(rows_from<T>(p.x, begin), p.k),
            columns_along_k<D, T>(p.w1),
            Activated<T, Kept<T>>{p.activation, b1, rows_from<T>(p.pre, begin), hidden, p.dropout,
@@ -48,13 +49,14 @@ void forward(const MlpParams& p, const Parallel& parallel) {
 // The hidden matrix alone: nothing in front of it needs a gradient.
 template <typename T>
 void recompute(const Parallel& parallel, int64_t rows, int64_t f, const HiddenGradient<T>& hidden) {
+  constexpr int64_t kTileRows = Dot<T>::kTileRows;
   const int64_t columns = panels(f);
   for_units(parallel, ceil_div(rows, kTileRows), [&](Units& units) {
     for (int64_t i; units.next(i);) {
       const int64_t r = i * kTileRows;
       for (int64_t n = 0; n < columns * kTileCols; n += kTileCols) {
-        hidden({r, std::min<int64_t>(kTileRows, rows - r), n, std::min<int64_t>(kTileCols, f - n),
-                nullptr, 0});
+        hidden(
+            {r, std::min(kTileRows, rows - r), n, std::min<int64_t>(kTileCols, f - n), nullptr, 0});
       }
     }
   });
@@ -70,7 +72,7 @@ void backward(const MlpGradParams& p, const Parallel& parallel) {
   const RowsView hidden = p.dw2 ? kept.take(scratch) : RowsView{};
   WeightGradient<T> dw1(p.dw1, p.f, p.k, p.m <= kept.most), dw2(p.dw2, p.n, p.f, p.m <= kept.most);
   BiasGradient<T> db1(p.db1, p.f), db2(p.db2, p.n);
-  for_chunks(p.m, kept.most, [&](int64_t begin, int64_t rows) {
+  for_chunks<D>(p.m, kept.most, [&](int64_t begin, int64_t rows) {
     const bool first = begin == 0, last = begin + rows == p.m;
     const RowsView dy = rows_from<T>(p.grad_out, begin), x = rows_from<T>(p.x, begin);
     const HiddenGradient<T> gradient{

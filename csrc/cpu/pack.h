@@ -107,12 +107,24 @@ void pack_natural(const T* src, int64_t ld, int64_t n, int64_t k, typename D::La
   }
 }
 
-// A from rows that are contiguous along m: src[k * ld + m] -> strips of kTileRows, kStripLanes
+// A from rows that are contiguous along m: src[k * ld + m] -> strips of D::kTileRows, kStripLanes
 // lanes for each k, so that a tile reads one cache line after the other: strip s, lane (m, k) is at
 // dst[(s * depth + k) * kStripLanes + m]. This is the other operand of a weight gradient.
 inline constexpr int kStripLanes = 8;
+
+// Lanes that m columns take, and where the strip lies that starts at column m.
+template <typename D>
+constexpr int64_t packed_columns(int64_t m, int64_t depth) {
+  return (m + D::kTileRows - 1) / D::kTileRows * depth * kStripLanes;
+}
+template <typename D>
+FT_INLINE LanesA<typename D::Lane> packed_strip(const typename D::Lane* packed, int64_t m,
+                                                int64_t depth) {
+  return {packed + m / D::kTileRows * depth * kStripLanes, 1, kStripLanes};
+}
 template <typename D, typename T>
 void pack_columns(const T* src, int64_t ld, int64_t m, int64_t k, typename D::Lane* dst) {
+  constexpr int kTileRows = D::kTileRows;
   static_assert(kTileRows <= kStripLanes);
   constexpr int64_t kDepth = 16, kCols = kTileRows * kWidth;  // a block that stays in L1
   typename D::Lane block[kDepth][kCols + kStripLanes];

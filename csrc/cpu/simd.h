@@ -255,34 +255,39 @@ FT_INLINE void store(T* p, Vec v, int64_t n) {
 #endif
 }
 
-// ---- exp2(x) for x <= 127, on 2^x = 2^n 2^f with n = round(x) and |f| <= 1/2.
-//
-// kDegree 5: the minimax polynomial of 2^f, relative error 7.6e-8 in exact arithmetic, under 1.5
-// ulp as computed. kDegree 3: 7.5e-5, a fiftieth of bf16's rounding, for what is rounded to bf16 at
-// once. Below -126.5 the result is exactly 0, so masked scores (-inf) contribute nothing.
-template <int kDegree = 5>
-FT_INLINE Vec exp2(Vec x) {
-  static_assert(kDegree == 3 || kDegree == 5);
-  // Adding 1.5 * 2^23 rounds to an integer and leaves n + 127 in the low bits: with n = -127 the
-  // exponent field is 0, which is the float 0.
-  constexpr float kMagic = 0x1.8p23f + 127.0f;
-  x = max(broadcast(-127.0f), x);  // in this order a NaN stays one
-  const Vec shifted = x + kMagic;
-  const Vec f = x - (shifted - kMagic);
-  const Vec power = as<Vec>(as<UVec>(shifted) << 23);
+// ---- 2^x for x <= 127, on 2^x = 2^n 2^f with n = round(x) and |f| <= 1/2.
+
+// Minimax polynomials of 2^f, exact at f = 0. kDegree 6: relative error 2e-9, so the rounding of
+// its last steps is what is left, about 1 ulp. kDegree 3: 1.0e-4, a twentieth of bf16's rounding,
+// for what is rounded to bf16 at once.
+template <int kDegree>
+FT_INLINE Vec exp2_fraction(Vec f) {
+  static_assert(kDegree == 3 || kDegree == 6);
   Vec p;
-  if constexpr (kDegree == 5) {
-    p = fma(broadcast(1.327645680e-03f), f, broadcast(9.675541213e-03f));
-    p = fma(p, f, broadcast(5.550713320e-02f));
-    p = fma(p, f, broadcast(2.402211973e-01f));
-    p = fma(p, f, broadcast(6.931469670e-01f));
-    p = fma(p, f, broadcast(1.0f));
+  if constexpr (kDegree == 6) {
+    p = fma(broadcast(1.535336199e-04f), f, broadcast(1.339887445e-03f));
+    p = fma(p, f, broadcast(9.618437358e-03f));
+    p = fma(p, f, broadcast(5.550332471e-02f));
+    p = fma(p, f, broadcast(2.402264791e-01f));
+    p = fma(p, f, broadcast(6.931472029e-01f));
   } else {
-    p = fma(broadcast(5.517153641e-02f), f, broadcast(2.426111120e-01f));
-    p = fma(p, f, broadcast(6.932610099e-01f));
-    p = fma(p, f, broadcast(9.999280748e-01f));
+    p = fma(broadcast(5.500894e-02f), f, broadcast(2.4221099e-01f));
+    p = fma(p, f, broadcast(6.9328293e-01f));
   }
-  return p * power;
+  return fma(p, f, broadcast(1.0f));
+}
+
+// Adding 1.5 * 2^23 rounds to an integer n and leaves n + 127 in the low bits. Shifted into the
+// exponent's field they are the float 2^n; with n = -127 the field is 0, which is the float 0. So
+// what was clamped to -127 before contributes nothing.
+inline constexpr float kExp2Magic = 0x1.8p23f + 127.0f;
+
+template <int kDegree = 6>
+FT_INLINE Vec exp2(Vec x) {
+  x = max(broadcast(-127.0f), x);  // in this order a NaN stays one
+  const Vec shifted = x + kExp2Magic;
+  const Vec power = as<Vec>(as<UVec>(shifted) << 23);
+  return exp2_fraction<kDegree>(x - (shifted - kExp2Magic)) * power;
 }
 
 inline constexpr float kLog2E = 1.44269504088896340736f;

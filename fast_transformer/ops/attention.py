@@ -261,7 +261,7 @@ def _run(backend, query, key, value, *rest):
         query.requires_grad or key.requires_grad or value.requires_grad
     ):
         return cpu.apply(_Attention, backend, query, key, value, *rest)
-    return BACKENDS[backend].forward(query, key, value, *rest)
+    return BACKENDS[backend].forward(query, key, value, *rest, False)[:2]
 
 
 def _cpu_unsupported(tensors):
@@ -274,8 +274,9 @@ def _cpu_unsupported(tensors):
 _forward, _backward = cpu.operator("attention_fwd"), cpu.operator("attention_bwd")
 
 # forward(query, key, value, bias, key_starts, key_lengths, cu_seqlens_q, cu_seqlens_k, seed,
-# scale, causal, causal_offset, dropout_p) → out, lse; backward: grad_out and grad_lse before query,
-# out and lse before bias. Packed sequences come as (1, heads, tokens, head_dim).
+# scale, causal, causal_offset, dropout_p, save_softmax) → out, lse, softmax; backward: grad_out and
+# grad_lse before query, out and softmax before bias. Packed sequences come as
+# (1, heads, tokens, head_dim); softmax is what common/attention.h says, for backward alone.
 BACKENDS = {
     "cpu": Backend(_forward, _backward, _cpu_unsupported),
     "reference": Backend(reference.attention, None, lambda tensors: None),
@@ -285,10 +286,10 @@ BACKENDS = {
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, query, key, value, *rest):
-        out, lse = BACKENDS[backend].forward(query, key, value, *rest)
+        out, lse, softmax = BACKENDS[backend].forward(query, key, value, *rest, True)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.options = backend, rest[6:]
-        ctx.save_for_backward(query, key, value, out, lse, *rest[:6])
+        ctx.save_for_backward(query, key, value, out, softmax, *rest[:6])
         return out, lse
 
     @staticmethod
@@ -309,7 +310,9 @@ def _head_minor(x):
 
 @cpu.fake("attention_fwd")
 def _attention_fwd_fake(query, key, value, *rest):
-    return _head_minor(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    save_softmax = rest[-1]
+    return _head_minor(query), lse, lse.new_empty((*lse.shape, 2) if save_softmax else 0)
 
 
 @cpu.fake("attention_bwd")

@@ -58,7 +58,10 @@ def attention(
     # a row of −inf alone would turn NaN in softmax: it keeps zeros, and its results are replaced
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     scores = scores.masked_fill(empty, 0)
-    lse = scores.logsumexp(-1).masked_fill(empty.squeeze(-1), -torch.inf)
+    # the largest score apart: torch's gradient of logsumexp is off where that dwarfs the others
+    peak = scores.detach().amax(-1) if S > 0 else 0.0 * scores.sum(-1)
+    lse = (scores - peak[..., None]).logsumexp(-1) + peak
+    lse = lse.masked_fill(empty.squeeze(-1), -torch.inf)
     probs = scores.softmax(-1)
     if dropout_p > 0.0:
         keep = keep_mask(seed, dropout_p, batch, heads, T, S)

@@ -1,0 +1,64 @@
+// Block sizes of attention, forward and backward, and what both passes share.
+//
+// They depend on head_dim and the storage type alone. So a sequence is cut, and its sums are
+// ordered, the same way whatever else is in the batch and however many threads run.
+#pragma once
+#include "dropout.h"
+#include "mask.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "softmax.h"
+
+namespace ft::FT_ISA {
+
+// Forward: a block of keys and their values takes at most half of a 1 MB L2 and is used by so many
+// rows of queries before the next block replaces it; the scores of a strip stay in L1. Sums over
+// keys start anew with each block, which keeps their rounding error down (see kSumLanes).
+struct ForwardBlocks {
+  int64_t keys, queries = 192;
+  template <typename D>
+  static ForwardBlocks of(int64_t head_dim) {
+    return {lanes<D>(head_dim) <= 128 ? 256 : 128};
+  }
+};
+// Backward holds five operands and two kQueries x kKeys tiles (P and dS) at a time.
+struct BackwardBlocks {
+  static constexpr int64_t kKeys = 128, kQueries = 96;
+};
+
+// The longest effective sequence of the batch: what a worker's scratch must hold.
+struct Longest {
+  int64_t queries = 0, keys = 0;
+  explicit Longest(const AttentionParams& p) {
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const Sequence s(p, b);
+      queries = s.q_len > queries ? s.q_len : queries;
+      keys = s.kv_len > keys ? s.kv_len : keys;
+    }
+  }
+};
+
+// Draws of row i for keys [key, key + n), see draw_row.
+FT_INLINE const uint16_t* attention_draws(const AttentionParams& p, const Sequence& s, int64_t head,
+                                          int64_t i, int64_t key, int64_t n, uint16_t* buffer) {
+  const int64_t column = s.column + key;
+  return draw_row(p.dropout.seed, column, column + n, i, head, s.index, buffer);
+}
+
+template <typename T>
+FT_INLINE void store_zeros(T* dst, int64_t n) {
+  for (int64_t d = 0; d < n; d += kWidth) store(dst + d, zero(), n - d);
+}
+FT_INLINE void scale_row(float* x, int64_t n, float factor) {
+  for (int64_t d = 0; d < n; d += kWidth) store(x + d, load(x + d) * factor);
+}
+
+// Calls `f` with a value of the storage type.
+template <typename F>
+void with_storage(DType dtype, const F& f) {
+  if (dtype == DType::kBFloat16) return f(bf16{});
+  if (dtype == DType::kFloat16) return f(fp16{});
+  return f(float{});
+}
+
+}  // namespace ft::FT_ISA

@@ -1,0 +1,182 @@
+// out = softmax(Q Kᵀ · scale + bias) V without the (T x S) matrix: FlashAttention (Dao et al. 2022)
+// on the CPU. A strip of D::kTileRows query rows meets a block of keys at a time; its scores live
+// in L1, K and V of the block, packed once per head, in L2. Cost of one head: 4 T S D FLOPs
+// (causal: half), T S exponentials, reads (T + 2 S) D elements and writes T D; memory O((T + S) D).
+#include <algorithm>
+
+#include "attention_blocks.h"
+
+namespace ft::FT_ISA {
+namespace {
+
+// What one worker needs: the packed keys and values of a head, a block of rows, a strip of scores.
+template <typename T>
+class Worker {
+  using D = Dot<T>;
+  using Lane = typename D::Lane;
+  static constexpr bool kInPlace = D::kPerLane == 1;  // probabilities are lanes as they stand
+
+ public:
+  Worker(const AttentionParams& p, const Longest& longest)
+      : p_(p),
+        dim_(p.head_dim),
+        depth_(lanes<D>(dim_)),
+        padded_dim_(round_up(dim_, kWidth)),
+        factor_(softmax_factor(p)),
+        power_(factor_),
+        blocks_(ForwardBlocks::of<D>(dim_)),
+        scores_ld_(blocks_.keys + kWidth),
+        panel_(panel_size<D>(dim_)),
+        scratch_(bytes(longest)) {
+    keys_ = scratch_.take<Lane>(panels(longest.keys) * panel_);
+    values_ = scratch_.take<Lane>(panels(dim_) * panel_size<D>(longest.keys));
+    queries_ = scratch_.take<Lane>(blocks_.queries * depth_ + kWidth);
+    out_ = scratch_.take<float>(blocks_.queries * padded_dim_);
+    states_ = scratch_.take<SoftmaxState>(blocks_.queries);
+    scores_ = scratch_.take<float>(D::kTileRows * scores_ld_);
+    probabilities_ = scratch_.take<Lane>(D::kTileRows * scores_ld_);
+    draws_ = scratch_.take<uint16_t>(draw_space(blocks_.keys));
+  }
+
+  // Rows [begin, end) of blocks of queries of one head.
+  void run(const Sequence& s, int64_t head, int64_t begin_block, int64_t end_block) {
+    const int64_t end = std::min(s.q_len, end_block * blocks_.queries);
+    if (begin_block * blocks_.queries >= end) return;
+    const KeyLimit limit(p_, s);
+    const int64_t keys = limit.of_row(end - 1);  // later ones are seen by no row
+    value_panel_ = panel_size<D>(keys);
+    pack_transposed<D>(row<T>(p_.key, s.batch, head, s.first_key), p_.key.stride[2], keys, dim_,
+                       keys_);
+    pack_natural<D>(row<T>(p_.value, s.batch, head, s.first_key), p_.value.stride[2], dim_, keys,
+                    values_);
+    for (int64_t q = begin_block * blocks_.queries; q < end; q += blocks_.queries) {
+      block_of_rows(s, limit, head, q, std::min(blocks_.queries, end - q));
+    }
+  }
+
+ private:
+  size_t bytes(const Longest& longest) const {
+    return Scratch::bytes<Lane>(panels(longest.keys) * panel_) +
+           Scratch::bytes<Lane>(panels(dim_) * panel_size<D>(longest.keys)) +
+           Scratch::bytes<Lane>(blocks_.queries * depth_ + kWidth) +
+           Scratch::bytes<float>(blocks_.queries * padded_dim_) +
+           Scratch::bytes<SoftmaxState>(blocks_.queries) +
+           Scratch::bytes<float>(D::kTileRows * scores_ld_) +
+           Scratch::bytes<Lane>(D::kTileRows * scores_ld_) +
+           Scratch::bytes<uint16_t>(draw_space(blocks_.keys));
+  }
+
+  void block_of_rows(const Sequence& s, const KeyLimit& limit, int64_t head, int64_t q,
+                     int64_t rows) {
+    pack_rows<D>(row<T>(p_.query, s.batch, head, s.first_query + q), p_.query.stride[2], rows, dim_,
+                 queries_, depth_);
+    for (int64_t i = 0; i < rows; ++i) states_[i] = {};
+    const int64_t keys = limit.of_row(q + rows - 1);
+    for (int64_t key = 0; key < keys; key += blocks_.keys) {
+      for (int64_t i = 0; i < rows; i += D::kTileRows) {
+        const int64_t count = std::min<int64_t>(D::kTileRows, rows - i);
+        const int64_t n = std::min(blocks_.keys, limit.of_row(q + i + count - 1) - key);
+        if (n > 0) strip(s, limit, head, q, i, count, key, n);
+      }
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      finish_row(mutable_row<T>(p_.out, s.batch, head, s.first_query + q + i), i);
+      const SoftmaxState& state = states_[i];
+      const int64_t at = (s.batch * p_.heads + head) * p_.q_len + s.first_query + q + i;
+      p_.lse[at] = state.logsumexp(factor_);
+      if (p_.softmax) {
+        p_.softmax[2 * at] = state.shift();
+        p_.softmax[2 * at + 1] = state.total;
+      }
+    }
+  }
+
+  // The gathered output of row i of the block over the sum of its exponentials.
+  void finish_row(T* out, int64_t i) {
+    if (states_[i].total == 0.0f) return store_zeros(out, dim_);
+    const Quotient share(states_[i].total);
+    const float kept = p_.dropout.active() ? p_.dropout.scale : 1.0f;
+    const float* from = out_ + i * padded_dim_;
+    for (int64_t d = 0; d < dim_; d += kWidth) {
+      store(out + d, share(load(from + d)) * kept, dim_ - d);
+    }
+  }
+
+  // Rows q + i … of the block against keys [key, key + n), of which each row sees its own part.
+  void strip(const Sequence& s, const KeyLimit& limit, int64_t head, int64_t q, int64_t i,
+             int64_t count, int64_t key, int64_t n) {
+    multiply_strip<D>(count, n, depth_, {queries_ + i * depth_, depth_, 1},
+                      keys_ + key / kTileCols * panel_, panel_, scores_, scores_ld_, false);
+    const int64_t width = round_up(n, kWidth);
+    for (int64_t r = 0; r < count; ++r) {
+      float* scores = scores_ + r * scores_ld_;
+      const int64_t row_index = q + i + r;
+      const int64_t seen = std::max<int64_t>(0, std::min(n, limit.of_row(row_index) - key));
+      scale_and_bias(p_, s, head, row_index, key, seen, scores);
+      const float rescale = softmax_block(scores, seen, factor_, power_, states_[i + r]);
+      if (rescale != 1.0f && key > 0) scale_row(out_ + (i + r) * padded_dim_, dim_, rescale);
+      if (p_.dropout.active()) drop_row(s, head, row_index, key, seen, scores);
+      for (int64_t j = round_up(seen, kWidth); j < width; j += kWidth) store(scores + j, zero());
+      if constexpr (!kInPlace) {
+        T* p = reinterpret_cast<T*>(probabilities_ + r * scores_ld_);
+        for (int64_t j = 0; j < width; j += kWidth) store(p + j, load(scores + j));
+      }
+    }
+    const Lane* p = kInPlace ? reinterpret_cast<const Lane*>(scores_) : probabilities_;
+    multiply_strip<D>(count, dim_, lanes<D>(n), {p, scores_ld_, 1},
+                      values_ + key / D::kPerLane * kTileCols, value_panel_, out_ + i * padded_dim_,
+                      padded_dim_, key > 0);
+  }
+
+  void drop_row(const Sequence& s, int64_t head, int64_t i, int64_t key, int64_t n, float* p) {
+    const uint16_t* draws = attention_draws(p_, s, head, i, key, n, draws_);
+    for (int64_t j = 0; j < n; j += kWidth) {
+      store(p + j, drop(load(p + j), draws + j, p_.dropout.threshold, 1.0f));
+    }
+  }
+
+  const AttentionParams& p_;
+  const int64_t dim_, depth_, padded_dim_;
+  const double factor_;
+  const Power<D::kPerLane == 2 ? 3 : 6> power_;
+  const ForwardBlocks blocks_;
+  const int64_t scores_ld_, panel_;
+  int64_t value_panel_ = 0;
+  Scratch scratch_;
+  Lane *keys_, *values_, *queries_, *probabilities_;
+  float *out_, *scores_;
+  SoftmaxState* states_;
+  uint16_t* draws_;
+};
+
+template <typename T>
+void attend(const AttentionParams& p, const Parallel& parallel) {
+  const Longest longest(p);
+  // One unit packs a head's keys once. Where there are too few heads to keep all threads busy, the
+  // rows of a head are cut in pieces, and each packs the keys again.
+  constexpr int64_t kUnitsPerThread = 4;
+  const int64_t row_blocks =
+      ceil_div(longest.queries, ForwardBlocks::of<Dot<T>>(p.head_dim).queries);
+  const int64_t heads = p.batch * p.heads;
+  const int64_t wanted = parallel.threads == 1 ? 1 : kUnitsPerThread * parallel.threads;
+  const int64_t pieces =
+      heads >= wanted || heads == 0 ? 1 : std::min(row_blocks, ceil_div(wanted, heads));
+  if (pieces == 0) return;
+  const int64_t blocks_each = ceil_div(row_blocks, pieces);
+  for_units(parallel, heads * pieces, [&](Units& units) {
+    Worker<T> worker(p, longest);
+    for (int64_t unit; units.next(unit);) {
+      const int64_t piece = unit % pieces, head = unit / pieces % p.heads;
+      const Sequence s(p, unit / pieces / p.heads);
+      worker.run(s, head, piece * blocks_each, (piece + 1) * blocks_each);
+    }
+  });
+}
+
+}  // namespace
+
+void attention_fwd(const AttentionParams& p, const Parallel& parallel) {
+  with_storage(p.dtype, [&](auto storage) { attend<decltype(storage)>(p, parallel); });
+}
+
+}  // namespace ft::FT_ISA

@@ -1,0 +1,109 @@
+// One row of the online softmax (Milakov and Gimelshein 2018; Dao et al., FlashAttention, 2022).
+//
+// A row is met one block of keys at a time. With x = factor * score in the log2 domain, a row's
+// state holds the largest score m and the sum of 2^(x - factor * m) over the keys met so far. When
+// a block raises m, what was gathered before is scaled down by `rescale`. The exponent is computed
+// as factor * (score - m), which is exactly 0 for the largest however huge it is.
+#pragma once
+#include "simd.h"
+
+namespace ft::FT_ISA {
+
+struct SoftmaxState {
+  float maximum = -INFINITY;
+  float total = 0.0f;
+
+  // What is subtracted from a score: 0 while nothing was met, since -inf - -inf is NaN.
+  float shift() const { return maximum == -INFINITY ? 0.0f : maximum; }
+  // Natural logarithm of the sum of exponentials; -inf where no key was met.
+  float logsumexp(double factor) const {
+    if (total == 0.0f) return -INFINITY;
+    return static_cast<float>((maximum * factor + std::log2(double{total})) *
+                              0.693147180559945309417);
+  }
+};
+
+// x / total, as good as rounded once: what the product with 1 / total has missed is put back.
+struct Quotient {
+  Vec total, reciprocal;
+
+  // Of zeros alone where nothing was met.
+  explicit Quotient(float total)
+      : total(broadcast(total)), reciprocal(broadcast(total == 0.0f ? 0.0f : 1.0f / total)) {}
+  FT_INLINE Vec operator()(Vec x) const {
+    const Vec q = x * reciprocal;
+    return fma(x - q * total, reciprocal, q);
+  }
+};
+
+// 2^(factor * d) for d <= 0, -inf included. Where degree 6 is asked for, the factor is taken to
+// twice float's precision: its own rounding would bend all probabilities the same way.
+template <int kDegree>
+struct Power {
+  Vec factor, rest, least;
+
+  explicit Power(double f)
+      : factor(broadcast(static_cast<float>(f))),
+        rest(broadcast(static_cast<float>(f - static_cast<float>(f)))),
+        least(broadcast(f < 0x1p-100 ? -0x1p126f : static_cast<float>(-127.0 / f))) {}
+
+  FT_INLINE Vec operator()(Vec d) const {
+    d = max(least, d);
+    const Vec shifted = fma(d, factor, broadcast(kExp2Magic));
+    Vec f = fma(d, factor, zero() - (shifted - kExp2Magic));
+    if constexpr (kDegree > 3) f = fma(d, rest, f);
+    return exp2_fraction<kDegree>(f) * as<Vec>(as<UVec>(shifted) << 23);
+  }
+};
+
+// Turns the first n scores into 2^(factor * (score - maximum)); the rest, up to the next kWidth,
+// into zeros. Returns what the gathered output must be multiplied by: 1 almost always.
+template <int kDegree>
+FT_INLINE float softmax_block(float* scores, int64_t n, double factor, const Power<kDegree>& power,
+                              SoftmaxState& state) {
+  const int64_t whole = n / kWidth * kWidth;
+  const IVec tail = lanes_below(n - whole);
+  Vec top = broadcast(-INFINITY), top2 = top;
+  int64_t j = 0;
+  for (; j + 2 * kWidth <= whole; j += 2 * kWidth) {
+    top = max(top, load(scores + j));
+    top2 = max(top2, load(scores + j + kWidth));
+  }
+  for (; j < whole; j += kWidth) top = max(top, load(scores + j));
+  if (whole < n) top = max(top, select(tail, load(scores + whole), broadcast(-INFINITY)));
+  const float block_max = max_of(max(top, top2));
+
+  float rescale = 1.0f;
+  if (block_max > state.maximum) {
+    // nothing was met before a first block, also where factor is 0
+    rescale = state.maximum == -INFINITY
+                  ? 0.0f
+                  : static_cast<float>(std::exp2((double{state.maximum} - block_max) * factor));
+    state.maximum = block_max;
+    state.total *= rescale;
+  }
+  const Vec shift = broadcast(state.shift());
+  Vec total = zero(), total2 = zero();
+  for (j = 0; j + 2 * kWidth <= whole; j += 2 * kWidth) {
+    const Vec p = power(load(scores + j) - shift);
+    const Vec p2 = power(load(scores + j + kWidth) - shift);
+    store(scores + j, p);
+    store(scores + j + kWidth, p2);
+    total = total + p;
+    total2 = total2 + p2;
+  }
+  for (; j < whole; j += kWidth) {
+    const Vec p = power(load(scores + j) - shift);
+    store(scores + j, p);
+    total = total + p;
+  }
+  if (whole < n) {
+    const Vec p = select(tail, power(load(scores + whole) - shift), zero());
+    store(scores + whole, p);
+    total = total + p;
+  }
+  state.total += sum(total + total2);
+  return rescale;
+}
+
+}  // namespace ft::FT_ISA
