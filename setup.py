@@ -39,6 +39,7 @@ INSTRUCTION_SETS = {
         "avx2": AVX2,
         "avx512": AVX512,
         "avx512_bf16": [*AVX512, "-mavx512bf16"],
+        "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     },
     "aarch64": {
         "neon": [],

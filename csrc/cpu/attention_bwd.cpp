@@ -238,6 +238,7 @@ class Worker {
   const int64_t query_space_;
   int64_t query_panel_ = 0;
   Scratch scratch_;
+  MatrixUnit matrix_unit_;
   Lane *query_rows_, *grad_rows_, *query_panels_, *grad_panels_;
   Lane *key_panels_, *value_panels_, *key_natural_, *columns_;
   float *dq_, *delta_, *grad_lse_, *dk_, *dv_, *p_tile_, *ds_tile_;

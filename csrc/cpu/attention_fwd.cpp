@@ -143,6 +143,7 @@ class Worker {
   const int64_t scores_ld_, panel_;
   int64_t value_panel_ = 0;
   Scratch scratch_;
+  MatrixUnit matrix_unit_;
   Lane *keys_, *values_, *queries_, *probabilities_;
   float *out_, *scores_;
   SoftmaxState* states_;

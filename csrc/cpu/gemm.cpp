@@ -7,22 +7,21 @@ namespace ft::FT_ISA {
 namespace {
 
 template <typename D, int kRows, int kVecs>
-void tile(int64_t k, LanesA<typename D::Lane> a, const typename D::Lane* b, int64_t ldb, float* c,
-          int64_t ldc, bool accumulate) {
+void tile(int64_t k, const typename D::Lane* a, int64_t row_stride, int64_t k_stride,
+          const typename D::Lane* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   Vec acc[kRows][kVecs];
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) acc[m][v] = zero();
   }
-  const typename D::Lane* at = a.data;
-  for (int64_t i = 0; i < k; ++i, at += a.k_stride, b += ldb) {
+  for (int64_t i = 0; i < k; ++i, a += k_stride, b += ldb) {
     decltype(D::load_lanes(b)) row[kVecs];
 #pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) row[v] = D::load_lanes(b + v * kWidth);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
-      const auto lane = D::broadcast_lane(at[m * a.row_stride]);
+      const auto lane = D::broadcast_lane(a[m * row_stride]);
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) acc[m][v] = D::multiply_add(lane, row[v], acc[m][v]);
     }
@@ -54,7 +53,7 @@ template <typename D>
 const TileTable<D> Tiles<D>::table = make_table<D>(std::make_integer_sequence<int, D::kTileRows>());
 
 template struct Tiles<FloatDot>;
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 template struct Tiles<BFloat16Dot>;
 #endif
 

@@ -20,6 +20,7 @@ struct FloatDot {
   using Lane = float;
   static constexpr int kPerLane = 1;
   static constexpr int kTileRows = 6;
+  static constexpr bool kInMatrixUnit = false;
   static FT_INLINE Vec broadcast_lane(Lane a) { return broadcast(a); }
   static FT_INLINE Vec load_lanes(const Lane* b) { return load(b); }
   static FT_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return fma(a, b, c); }
@@ -29,7 +30,13 @@ struct FloatDot {
 struct BFloat16Dot {
   using Lane = uint32_t;  // elements 2k (low half) and 2k + 1
   static constexpr int kPerLane = 2;
+#if defined(__AMX_BF16__)  // then tiles are the matrix unit's, see gemm_amx.cpp
+  static constexpr int kTileRows = 32;
+  static constexpr bool kInMatrixUnit = true;
+#else
   static constexpr int kTileRows = 6;
+  static constexpr bool kInMatrixUnit = false;
+#endif
   static FT_INLINE UVec broadcast_lane(Lane a) { return a | UVec{}; }
   static FT_INLINE UVec load_lanes(const Lane* b) { return load_bits<UVec>(b); }
   static FT_INLINE Vec multiply_add(UVec a, UVec b, Vec c) {
@@ -79,9 +86,12 @@ struct LanesA {
 
 // C tile of `rows` (1…D::kTileRows) x `vecs` (1…kTileVecs) vectors; B has `ldb` lanes between
 // successive k. With `accumulate` the sum is added to C, else C is overwritten.
+// A's fields come one by one: as a struct they would travel through memory, and wait there behind
+// the stores of the tile before.
 template <typename D>
-using TileFunction = void (*)(int64_t k, LanesA<typename D::Lane> a, const typename D::Lane* b,
-                              int64_t ldb, float* c, int64_t ldc, bool accumulate);
+using TileFunction = void (*)(int64_t k, const typename D::Lane* a, int64_t row_stride,
+                              int64_t k_stride, const typename D::Lane* b, int64_t ldb, float* c,
+                              int64_t ldc, bool accumulate);
 
 template <typename D>
 struct TileTable {
@@ -92,6 +102,20 @@ struct Tiles {
   static const TileTable<D> table;  // gemm.cpp
 };
 
+// The same in AMX's matrix unit, a whole strip at a time; A's k_stride is 1. Whoever calls it holds
+// a MatrixUnit, which gives the unit back at the end of a thread's work.
+void multiply_strip_amx(int64_t rows, int64_t cols, int64_t k, const LanesA<uint32_t>& a,
+                        const uint32_t* b, int64_t panel_stride, float* c, int64_t ldc,
+                        bool accumulate);  // gemm_amx.cpp
+// `steps` times four products of tile registers, for peak.cpp: kStepFlops each time.
+inline constexpr double kStepFlops = 4 * 2.0 * 16 * 16 * 32;
+void multiply_registers_amx(int64_t steps);
+struct MatrixUnit {
+#if defined(__AMX_BF16__)
+  ~MatrixUnit();
+#endif
+};
+
 // A strip: `rows` <= D::kTileRows rows of A against `cols` columns in panels that lie
 // `panel_stride` lanes apart; C is written in whole vectors, so its rows must have room up to the
 // next kWidth. `b` points at the first k of the first panel.
@@ -99,11 +123,15 @@ template <typename D>
 FT_INLINE void multiply_strip(int64_t rows, int64_t cols, int64_t k, LanesA<typename D::Lane> a,
                               const typename D::Lane* b, int64_t panel_stride, float* c,
                               int64_t ldc, bool accumulate) {
-  const auto& tiles = Tiles<D>::table.at[rows - 1];
-  for (int64_t n = 0; n < cols; n += kTileCols, b += panel_stride) {
-    const int64_t left = cols - n;
-    const int64_t vecs = left >= kTileCols ? kTileVecs : (left + kWidth - 1) / kWidth;
-    tiles[vecs - 1](k, a, b, kTileCols, c + n, ldc, accumulate);
+  if constexpr (D::kInMatrixUnit) {
+    return multiply_strip_amx(rows, cols, k, a, b, panel_stride, c, ldc, accumulate);
+  } else {
+    const auto& tiles = Tiles<D>::table.at[rows - 1];
+    for (int64_t n = 0; n < cols; n += kTileCols, b += panel_stride) {
+      const int64_t left = cols - n;
+      const int64_t vecs = left >= kTileCols ? kTileVecs : (left + kWidth - 1) / kWidth;
+      tiles[vecs - 1](k, a.data, a.row_stride, a.k_stride, b, kTileCols, c + n, ldc, accumulate);
+    }
   }
 }
 

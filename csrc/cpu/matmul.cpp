@@ -8,6 +8,16 @@
 namespace ft::FT_ISA {
 namespace {
 
+// Lanes of a block of k: about equal ones, whole vectors. In registers a panel of them stays in L2.
+// In the matrix unit it stays in L1, unless one block is all: then C never leaves the tiles.
+template <typename D>
+constexpr int64_t block_lanes(int64_t depth) {
+  constexpr int64_t kWhole = D::kInMatrixUnit ? kSumLanes * 3 / 4 : kSumLanes * 3 / 2;
+  constexpr int64_t kMost = D::kInMatrixUnit ? kSumLanes / 2 : kSumLanes;
+  if (depth <= kWhole) return depth;
+  return round_up(ceil_div(depth, ceil_div(depth, kMost)), 16);
+}
+
 // Of A that is packed at a time; its kSumLanes columns stay in L2 while all panels pass. Whole
 // tiles of either height.
 constexpr int64_t kPackedRows = 96;
@@ -23,7 +33,9 @@ struct Unit {
 template <typename D>
 Unit choose_unit(const Size& size, const Left<D>& a, int64_t threads) {
   const int64_t columns = panels(size.n);
-  const Unit most = a.pack ? Unit{2 * kPackedRows, 4} : Unit{10 * kPackedRows, 1};
+  const Unit most = D::kInMatrixUnit ? Unit{(a.pack ? 8 : 10) * kPackedRows, 4}
+                    : a.pack         ? Unit{2 * kPackedRows, 4}
+                                     : Unit{10 * kPackedRows, 1};
   constexpr int64_t kUnitsPerThread = 4;
   const int64_t groups = ceil_div(columns, most.panels);
   int64_t row_blocks = ceil_div(size.m, most.rows);
@@ -46,7 +58,7 @@ class Worker {
         b_(b),
         finish_(finish),
         depth_(lanes<D>(size.k)),
-        block_(std::min(depth_, kSumLanes)),
+        block_(block_lanes<D>(depth_)),
         ldc_(unit.panels * kTileCols),
         scratch_(Scratch::bytes<Lane>(packed_lanes()) +
                  Scratch::bytes<Lane>(unit.panels * block_ * kTileCols) +
@@ -111,6 +123,7 @@ class Worker {
   Scratch scratch_;
   Lane *rows_, *panels_;
   float* c_;
+  MatrixUnit matrix_unit_;
   int64_t turn_ = 0;
   Tile done_{};
 };

@@ -112,18 +112,22 @@ void pack_natural(const T* src, int64_t ld, int64_t n, int64_t k, typename D::La
 // dst[(s * depth + k) * kStripLanes + m]. This is the other operand of a weight gradient.
 inline constexpr int kStripLanes = 8;
 
+// The matrix unit reads rows of lanes instead: lane (m, k) is at dst[m * depth + k].
+
 // Lanes that m columns take, and where the strip lies that starts at column m.
 template <typename D>
 constexpr int64_t packed_columns(int64_t m, int64_t depth) {
+  if (D::kInMatrixUnit) return (m + kWidth - 1) / kWidth * kWidth * depth;
   return (m + D::kTileRows - 1) / D::kTileRows * depth * kStripLanes;
 }
 template <typename D>
 FT_INLINE LanesA<typename D::Lane> packed_strip(const typename D::Lane* packed, int64_t m,
                                                 int64_t depth) {
+  if (D::kInMatrixUnit) return {packed + m * depth, depth, 1};
   return {packed + m / D::kTileRows * depth * kStripLanes, 1, kStripLanes};
 }
 template <typename D, typename T>
-void pack_columns(const T* src, int64_t ld, int64_t m, int64_t k, typename D::Lane* dst) {
+void pack_columns_as_strips(const T* src, int64_t ld, int64_t m, int64_t k, typename D::Lane* dst) {
   constexpr int kTileRows = D::kTileRows;
   static_assert(kTileRows <= kStripLanes);
   constexpr int64_t kDepth = 16, kCols = kTileRows * kWidth;  // a block that stays in L1
@@ -148,6 +152,39 @@ void pack_columns(const T* src, int64_t ld, int64_t m, int64_t k, typename D::La
         }
       }
     }
+  }
+}
+template <typename D, typename T>
+void pack_columns_as_rows(const T* src, int64_t ld, int64_t m, int64_t k, typename D::Lane* dst) {
+  const int64_t depth = lanes<D>(k);
+  for (int64_t m0 = 0; m0 < m; m0 += kWidth) {
+    for (int64_t l0 = 0; l0 < depth; l0 += kWidth) {
+      UVec block[kWidth];
+#pragma GCC unroll 16
+      for (int l = 0; l < kWidth; ++l) {
+        const int64_t at = (l0 + l) * D::kPerLane;
+        block[l] =
+            at < k ? load_column_lanes<D>(src + at * ld + m0, ld, at + 1 < k, m - m0) : UVec{};
+      }
+      transpose(block);
+      const int64_t count = depth - l0 < kWidth ? depth - l0 : kWidth;
+      for (int64_t i = 0; i < kWidth; ++i) {
+        typename D::Lane* to = dst + (m0 + i) * depth + l0;
+        if (count == kWidth) {
+          store_bits(to, block[i]);
+        } else {
+          std::memcpy(to, &block[i], count * sizeof(typename D::Lane));
+        }
+      }
+    }
+  }
+}
+template <typename D, typename T>
+void pack_columns(const T* src, int64_t ld, int64_t m, int64_t k, typename D::Lane* dst) {
+  if constexpr (D::kInMatrixUnit) {
+    pack_columns_as_rows<D>(src, ld, m, k, dst);
+  } else {
+    pack_columns_as_strips<D>(src, ld, m, k, dst);
   }
 }
 

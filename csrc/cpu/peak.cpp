@@ -25,7 +25,7 @@ constexpr double kRunSeconds = 0.01;
 
 // The accumulator is a factor, or the product would be the same every time and leave the loop.
 FT_INLINE Vec step(FloatDot, Vec acc, Vec a, Vec b) { return fma(acc, a, b); }
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 FT_INLINE Vec step(BFloat16Dot, Vec acc, UVec a, UVec b) {
   return BFloat16Dot::multiply_add(a, b, acc);
 }
@@ -75,7 +75,12 @@ constexpr int64_t kBlock = kAtOnce * sizeof(Vec);
 }  // namespace
 
 double peak_flops(DType dtype) {
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+  if (dtype == DType::kBFloat16) {
+    const MatrixUnit unit;
+    return best_rate(kStepFlops, multiply_registers_amx);
+  }
+#elif defined(__AVX512BF16__)
   if (dtype == DType::kBFloat16) return multiply_add_rate<BFloat16Dot>(0x3f803f80u, 0x2f802f80u);
 #endif
   (void)dtype;  // arithmetic in float, whatever is stored

@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #elif defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -28,6 +30,9 @@ const InstructionSet kSets[] = {
     {"avx512", {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}},
     {"avx512_bf16",
      {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}},
+    {"amx",
+     {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16",
+      "amx_tile", "amx_bf16"}},
 };
 
 struct Registers {
@@ -40,7 +45,8 @@ Registers cpuid(uint32_t leaf, uint32_t subleaf) {
   return r;
 }
 
-// The register states that the operating system saves: bit 1 xmm, 2 ymm, 5 to 7 zmm and its masks.
+// The register states that the operating system saves: bit 1 xmm, 2 ymm, 5 to 7 zmm and its masks,
+// 17 and 18 AMX's tiles.
 uint64_t saved_states(const Registers& basic) {
   constexpr uint32_t kOsxsave = 1u << 27;
   if (!(basic.ecx & kOsxsave)) return 0;
@@ -49,12 +55,19 @@ uint64_t saved_states(const Registers& basic) {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
+// Linux lends the matrix unit to a process that asks for it (Documentation/arch/x86/xstate.rst).
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
 // Bit positions: Intel's Software Developer's Manual, volume 2, CPUID.
 std::vector<std::string> probe() {
   const Registers basic = cpuid(1, 0), extended = cpuid(7, 0), more = cpuid(7, 1);
   const uint64_t saved = saved_states(basic);
-  constexpr uint64_t kYmm = 0x6, kZmm = 0xe6;
+  constexpr uint64_t kYmm = 0x6, kZmm = 0xe6, kTiles = 0x60000;
   const bool ymm = (saved & kYmm) == kYmm, zmm = (saved & kZmm) == kZmm;
+  const bool tiles = (saved & kTiles) == kTiles && may_use_tiles();
   const struct {
     const char* name;
     bool usable;
@@ -73,6 +86,8 @@ std::vector<std::string> probe() {
       {"avx512_bf16", zmm, more.eax, 5},
       {"avx512_fp16", zmm, extended.edx, 23},
       {"avx_vnni", ymm, more.eax, 4},
+      {"amx_bf16", tiles, extended.edx, 22},
+      {"amx_tile", tiles, extended.edx, 24},
   };
   std::vector<std::string> found;
   for (const auto& feature : all) {
