@@ -1,0 +1,6 @@
+"""Swaps our modules into models that exist already, undoes it, and tells what it did."""
+
+from fast_transformer.integrations.explanation import Explanation, explain
+from fast_transformer.integrations.swap import accelerate, restore
+
+__all__ = ["Explanation", "accelerate", "explain", "restore"]

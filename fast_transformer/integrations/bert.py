@@ -1,0 +1,288 @@
+"""The BERT family of transformers: encoders that drop the padding, layers of fused steps.
+
+Five families share the code below to the letter but for the names of their classes. The
+accelerated classes are made on first use, subclasses of the stock ones under the same names, and
+found again by `fast_transformer.integrations.bert.<name>`, which is how pickle refers to them.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from fast_transformer.integrations import masks
+from fast_transformer.integrations.plain import (
+    any_hooked,
+    hooked,
+    linear,
+    obstacles,
+    plain,
+    residual_norm,
+)
+from fast_transformer.nn.padding import Packing
+from fast_transformer.ops import attention, attention_varlen, linear_act, mlp
+
+PREFIXES = {  # transformers.models.<family>.modeling_<family> -> how its classes' names begin
+    "bert": "Bert",
+    "camembert": "Camembert",
+    "electra": "Electra",
+    "roberta": "Roberta",
+    "xlm_roberta": "XLMRoberta",
+}
+ACTIVATIONS = {  # of transformers.activations and torch.nn -> our name of it
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+    "SiLUActivation": "silu",
+    "SiLU": "silu",
+}
+# What a model hands down that no layer computes with. With any other argument the call is stock.
+HARMLESS = frozenset(
+    ("position_ids", "output_hidden_states", "output_attentions", "use_cache", "return_dict",
+     "num_items_in_batch")
+)  # fmt: skip
+
+
+def _stock_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether a call asks for what only the stock forward does: a cache, cross-attention."""
+    return any(value is not None for value in args) or any(
+        value is not None and value is not False
+        for name, value in kwargs.items()
+        if name not in HARMLESS
+    )
+
+
+def _asked(name: str, config: Any, kwargs: dict[str, Any]) -> bool:
+    """Tell whether `name` (output_attentions, output_hidden_states) is wanted from this call."""
+    wanted = kwargs.get(name)
+    wanted = getattr(config, name, False) if wanted is None else wanted
+    return wanted is not None and wanted is not False
+
+
+def activation_of(module: object) -> str | None:
+    """Return our name of an activation that a fused step can take in, or None."""
+    if not isinstance(module, nn.Module):
+        return {nn.functional.gelu: "gelu", nn.functional.relu: "relu"}.get(module)  # type: ignore[call-overload, no-any-return]
+    known = type(module).__module__ in ("transformers.activations", "torch.nn.modules.activation")
+    return ACTIVATIONS.get(type(module).__name__) if known and not hooked(module) else None
+
+
+class Layer(nn.Module):
+    """One layer: attention, residual step, MLP, residual step, on a batch or on packed tokens."""
+
+    attention: Any
+    intermediate: Any
+    output: Any
+    parts: dict[str, type[nn.Module]]  # the containers within a layer, as the family made them
+
+    @classmethod
+    def unsupported(cls, module: Any) -> str | None:
+        """Return why this stock layer cannot be taken over, or None."""
+        for name, expected in cls.parts.items():
+            kind = type(module.get_submodule(name))
+            if kind is not expected:
+                return f"{name} is {kind.__name__}"
+        if module.is_decoder or module.add_cross_attention:
+            return "a decoder's layer"
+        if module.chunk_size_feed_forward:
+            return f"chunk_size_feed_forward is {module.chunk_size_feed_forward}"
+        positions = getattr(module.attention.self, "position_embedding_type", "absolute")
+        return None if positions == "absolute" else f"position_embedding_type is {positions!r}"
+
+    def costs(self) -> Iterator[tuple[str, str]]:
+        """(child, what its being special costs), for `explain`."""
+        for name, what in obstacles(self):
+            yield name, f"{what}: called as a module, and its encoder computes padding"
+        for name, expected in self.parts.items():
+            if type(self.get_submodule(name)) is not expected:
+                kind = type(self.get_submodule(name)).__name__
+                yield name, f"is {kind}: called as a module, and its encoder computes padding"
+        for name, child in self.named_modules():
+            if name.endswith(("query", "key", "value", "dense")) and type(child) is not nn.Linear:
+                yield name, f"is {type(child).__name__}: called as a module"
+        act = getattr(self.intermediate, "intermediate_act_fn", None)
+        if activation_of(act) is None:
+            name = type(act).__name__ if isinstance(act, nn.Module) else repr(act)
+            yield "intermediate.intermediate_act_fn", f"{name} runs apart from the two products"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | Packing | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(batch, length, C) → the same; or with a Packing as mask (tokens, C) → the same."""
+        mask, containers = attention_mask, self.attention
+        if not isinstance(mask, Packing) and (
+            _stock_call(args, kwargs)
+            or not (mask is None or (isinstance(mask, Tensor) and mask.dim() in (2, 4)))
+            or _asked("output_attentions", containers.self.config, kwargs)
+        ):
+            return super().forward(hidden_states, mask, *args, **kwargs)  # type: ignore[no-any-return]
+        part, x = self.parts, hidden_states
+        if (
+            plain(containers, part["attention"])
+            and plain(containers.self, part["attention.self"])
+            and plain(containers.output, part["attention.output"])
+        ):
+            out = containers.output
+            attended = linear(out.dense, _attend(containers.self, x, mask))
+            x = residual_norm(out.dropout, out.LayerNorm, attended, x)
+        else:
+            x = containers(x, mask, **kwargs)[0]
+        inner, out = self.intermediate, self.output
+        if plain(inner, part["intermediate"]) and plain(out, part["output"]):
+            return residual_norm(out.dropout, out.LayerNorm, _mlp(inner, out.dense, x), x)
+        return out(inner(x), x)  # type: ignore[no-any-return]
+
+
+def _attend(module: Any, x: Tensor, mask: Tensor | Packing | None) -> Tensor:
+    """Self-attention up to the heads' outputs side by side, of x's shape."""
+    heads = (*x.shape[:-1], module.num_attention_heads, module.attention_head_size)
+    query, key, value = (linear(f, x).view(heads) for f in (module.query, module.key, module.value))
+    dropout_p = module.dropout.p if module.training else 0.0
+    if isinstance(mask, Packing):
+        out = attention_varlen(
+            query, key, value, mask.cu_seqlens, mask.cu_seqlens, mask.max_seqlen, mask.max_seqlen,
+            scale=module.scaling, dropout_p=dropout_p,
+        )  # fmt: skip
+    else:
+        out = attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+            bias=None if mask is None else masks.as_bias(mask, query),
+            scale=module.scaling, dropout_p=dropout_p,
+        ).transpose(1, 2)  # fmt: skip
+    return out.flatten(-2)
+
+
+def _mlp(inner: Any, outer: Any, x: Tensor) -> Tensor:
+    """The two products with the activation between them."""
+    name = activation_of(inner.intermediate_act_fn)
+    fused = plain(inner.dense, nn.Linear) and name is not None
+    if fused and plain(outer, nn.Linear):
+        first = inner.dense
+        return mlp(x, first.weight, first.bias, outer.weight, outer.bias, activation=name)
+    if fused:
+        hidden = linear_act(x, inner.dense.weight, inner.dense.bias, activation=name)
+    else:
+        hidden = inner.intermediate_act_fn(linear(inner.dense, x))
+    return linear(outer, hidden)
+
+
+class Encoder(nn.Module):
+    """The stack: padding is dropped before the first layer and put back, as zeros, at the end."""
+
+    config: Any
+    layer: nn.ModuleList
+    layer_class: type[nn.Module]  # the stock one
+
+    @classmethod
+    def unsupported(cls, module: Any) -> str | None:
+        """Return why this stock encoder cannot be taken over, or None."""
+        if module.config.is_decoder or module.config.add_cross_attention:
+            return "a decoder's stack"
+        for i, layer in enumerate(module.layer):
+            if not isinstance(layer, Layer) and type(layer) is not cls.layer_class:
+                return f"layer.{i} is {type(layer).__name__}"
+            target: Any = accelerated(cls.layer_class)
+            reason = None if isinstance(layer, Layer) else target.unsupported(layer)
+            if reason is not None:
+                return f"layer.{i}: {reason}"
+        return None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """(batch, length, C) → the same within a BaseModelOutputWithPastAndCrossAttentions.
+
+        attention_mask: what transformers makes of the user's; see `masks.padding`.
+        """
+        mask = attention_mask
+        stock: Callable[..., Any] = partial(super().forward, hidden_states)
+        if _stock_call(args, kwargs) or not (mask is None or isinstance(mask, Tensor)):
+            return stock(mask, *args, **kwargs)
+        batch, length = hidden_states.shape[:2]
+        keep = None if mask is None else masks.padding(mask, batch, length)
+        if keep is None:
+            return stock(mask, *args, **kwargs)
+        if masks.readable(keep):
+            packing = Packing(keep)
+            if packing.tokens.numel() == batch * length:
+                return stock(None, *args, **kwargs)
+            if self._packs(kwargs):
+                return self._packed(hidden_states, packing)
+        output = stock(mask, *args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state.masked_fill(~keep[..., None], 0)
+        return output
+
+    def _packs(self, kwargs: dict[str, Any]) -> bool:
+        """Tell whether nobody sees what goes from layer to layer, so that it may be packed."""
+        if any(
+            _asked(name, self.config, kwargs)
+            for name in ("output_hidden_states", "output_attentions")
+        ):
+            return False
+        return all(
+            isinstance(layer, Layer)
+            and all(type(layer.get_submodule(n)) is kind for n, kind in layer.parts.items())
+            and not any_hooked(layer)
+            for layer in self.layer
+        )
+
+    def _packed(self, hidden_states: Tensor, packing: Packing) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+        x = packing.pack(hidden_states)
+        for layer in self.layer:
+            x = layer(x, packing)  # called, so that gradient checkpointing acts
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=packing.unpack(x))
+
+
+def accelerated(stock: type) -> type | None:
+    """Return the accelerated subclass of a stock encoder or layer of the family, or None."""
+    family = stock.__module__.rpartition(".modeling_")[2]
+    if stock.__module__ != f"transformers.models.{family}.modeling_{family}":
+        return None
+    prefix = PREFIXES.get(family)
+    if prefix is None or stock.__name__ not in (f"{prefix}Layer", f"{prefix}Encoder"):
+        return None
+    made: type = getattr(sys.modules[__name__], stock.__name__)
+    return made if issubclass(made, stock) else None
+
+
+def __getattr__(name: str) -> type:
+    """Make the accelerated class `name` on first use; its stock module is imported for that."""
+    from importlib import import_module
+
+    for family, prefix in PREFIXES.items():
+        if name in (f"{prefix}Layer", f"{prefix}Encoder"):
+            module = import_module(f"transformers.models.{family}.modeling_{family}")
+            stock = getattr(module, name)
+            fields: dict[str, Any] = {"__module__": __name__, "__doc__": stock.__doc__}
+            if name.endswith("Layer"):
+                base: type[nn.Module] = Layer
+                fields["parts"] = {
+                    part: getattr(module, prefix + suffix)
+                    for part, suffix in (
+                        ("attention", "Attention"),
+                        ("attention.self", "SelfAttention"),
+                        ("attention.output", "SelfOutput"),
+                        ("intermediate", "Intermediate"),
+                        ("output", "Output"),
+                    )
+                }
+            else:
+                base = Encoder
+                fields["layer_class"] = getattr(module, f"{prefix}Layer")
+            return globals().setdefault(name, type(name, (base, stock), fields))  # type: ignore[no-any-return]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,90 @@
+"""The one table of what is swapped for what, and the mark that a swapped module carries."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+from torch import nn
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+class Entry(NamedTuple):
+    """What takes a stock class's place.
+
+    target: its subclass, whose `unsupported(module)` answers why an instance must stay, or None.
+    stack: whether its children are swapped too; a layer's are not, since it runs them itself.
+    sample: shapes of the inputs that a self-check runs a module on; None for stacks.
+    """
+
+    target: Any
+    stack: bool
+    sample: Callable[[Any], Shapes] | None
+
+
+def entry(stock: type) -> Entry | None:
+    """Return what takes the place of exactly this class, or None."""
+    if stock.__module__.startswith("torch.nn."):
+        return _torch().get(stock)
+    if stock.__module__.startswith("transformers.models."):  # only then is it worth an import
+        from fast_transformer.integrations import bert
+
+        target = bert.accelerated(stock)
+        if target is not None:
+            stack = issubclass(target, bert.Encoder)
+            return Entry(target, stack, None if stack else _bert_sample)
+    return None
+
+
+@cache
+def _torch() -> dict[type, Entry]:
+    from fast_transformer import nn as ours
+
+    return {
+        nn.LayerNorm: Entry(ours.LayerNorm, False, lambda m: ((2, *m.normalized_shape),)),
+        nn.MultiheadAttention: Entry(
+            ours.MultiheadAttention, False, lambda m: _batches(m.embed_dim, m.kdim, m.vdim)
+        ),
+        nn.TransformerEncoderLayer: Entry(
+            ours.TransformerEncoderLayer, False, lambda m: _batches(m.self_attn.embed_dim)
+        ),
+        nn.TransformerEncoder: Entry(ours.TransformerEncoder, True, None),
+    }
+
+
+def _bert_sample(module: Any) -> Shapes:
+    return _batches(module.attention.self.config.hidden_size)
+
+
+def _batches(*widths: int) -> Shapes:
+    return tuple((2, 5, width) for width in widths)
+
+
+def ours(module: nn.Module) -> bool:
+    """Tell whether `module` is of our own classes, swapped or built so."""
+    return "_stock_class" in module.__dict__ or type(module).__module__.startswith(
+        ("fast_transformer.nn", "fast_transformer.integrations")
+    )
+
+
+def relative(stock: type) -> type | None:
+    """Return the class of the table that `stock` is a subclass of, or None."""
+    return next((base for base in stock.__mro__[1:] if entry(base) is not None), None)
+
+
+def swap(module: nn.Module, target: type) -> None:
+    """Make `module` an instance of `target`, marked with the class that it had."""
+    module.__dict__["_stock_class"] = type(module)
+    module.__class__ = cast(type[nn.Module], target)
+
+
+def swapped(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of what carries the mark."""
+    for name, module in model.named_modules():
+        if "_stock_class" in module.__dict__:
+            yield name, module
+
+
+def unswap(module: nn.Module) -> None:
+    """Give `module` back the class that it had."""
+    module.__class__ = module.__dict__.pop("_stock_class")
