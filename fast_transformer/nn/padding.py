@@ -23,6 +23,13 @@ class Packing:
         self.max_seqlen = int(lengths.max()) if lengths.numel() else 0
         self.tokens = keep.reshape(-1).nonzero().squeeze(1)
 
+    @classmethod
+    def of_lengths(cls, lengths: list[int], device: torch.device) -> "Packing":
+        """For sequences that are packed already, as a nested tensor's are."""
+        longest = max(lengths, default=0)
+        length = torch.tensor(lengths, device=device).view(-1, 1)
+        return cls(torch.arange(longest, device=device) < length)
+
     def pack(self, x: Tensor) -> Tensor:
         """(batch, length, C) → (tokens, C)."""
         return x.reshape(self.batch * self.length, x.shape[-1]).index_select(0, self.tokens)

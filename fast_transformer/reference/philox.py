@@ -7,6 +7,7 @@ every tile order and the backward pass draw the same mask without storing it.
 import math
 
 import torch
+from torch import Tensor
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1, as 32-bit fractions
@@ -36,18 +37,20 @@ def _multiply(constant, word):
     return by_high >> 16, ((by_high & 0xFFFF) << 16) | (by_low & 0xFFFF)
 
 
-def threshold(dropout_p):
+def threshold(dropout_p: float) -> int:
     """Of 65536 equally likely draws, how many drop an element."""
     return round(65536 * dropout_p)
 
 
-def keep_scale(dropout_p):
+def keep_scale(dropout_p: float) -> float:
     """What a kept element is multiplied by: 1 / (the quantised rate of keeping)."""
     kept = 65536 - threshold(dropout_p)
     return 65536 / kept if kept else 0.0
 
 
-def keep_mask(seed, dropout_p, batch, heads, rows, columns):
+def keep_mask(
+    seed: Tensor, dropout_p: float, batch: int, heads: int, rows: int, columns: int
+) -> Tensor:
     """Return the bool mask (batch, heads, rows, columns) of the elements that are kept.
 
     seed: 0-d int64 tensor. The draw of column c is the 16-bit piece c % 8 of the call whose
