@@ -30,7 +30,8 @@ def test_every_mask(backend, impl, mask):
     torch.testing.assert_close(found[keep], expected[keep], atol=1e-5, rtol=1e-5)
     assert not found[~keep].any()
     padded = not keep.all()
-    assert ops == {"attention_varlen" if padded else "attention", "linear_act", "mlp", "add_norm"}
+    attention = "attention_varlen" if padded else "attention"
+    assert ops == {attention, "linear_act", "mlp", "add_norm", "layer_norm"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

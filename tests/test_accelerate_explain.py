@@ -17,7 +17,8 @@ def test_report_of_a_whole_model(cpu):
     assert not report.stayed and not report.costs and not report.reasons
     lines = str(report).splitlines()
     assert lines[0] == f"BertModel: {len(report.swapped)} modules swapped, 0 stayed"
-    assert "encoder.layer.0-2  BertLayer" in str(report)
+    assert ["encoder.layer.0-2", "BertLayer"] in [line.split() for line in lines]
+    assert ["embeddings.LayerNorm", "LayerNorm"] in [line.split() for line in lines]
     assert any(line.split() == ["attention_varlen", "cpu", "×", "3"] for line in lines)
     assert "reference" not in str(report)
 
@@ -66,7 +67,7 @@ def test_what_a_hook_costs():
     report = ft.explain(fast)
     ((name, what),) = report.costs
     assert name == "encoder.layer.1.attention.self.query"
-    assert what == "Linear has hooks: called as a module, and its encoder computes padding"
+    assert what == "Linear has hooks: called as a module; its encoder computes padding"
     assert f"{name}  {what}" in str(report)
     handle.remove()
     assert not ft.explain(fast).costs
@@ -84,6 +85,29 @@ def test_what_an_adapter_and_a_strange_activation_cost():
     assert costs["encoder.layer.0.output.dense"] == "is Adapter: called as a module"
     assert "encoder.layer.0-1.intermediate.intermediate_act_fn" in str(ft.explain(fast))
     assert "MishActivation runs apart" in str(ft.explain(fast))
+
+
+def test_costs_within_torchs_layers():
+    layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    model = ft.accelerate(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    assert not ft.explain(model).costs
+    model.layers[1].linear1.register_forward_hook(lambda m, args, out: None)
+    costs = ft.explain(model).costs
+    assert costs == (
+        (
+            "layers.1.linear1",
+            "Linear has hooks: called as a module; its encoder computes padding",
+        ),
+    )
+
+
+def test_an_activation_that_torchs_layer_has_not():
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8, activation=torch.sigmoid))
+    with pytest.raises(RuntimeError, match="0: its activation sigmoid is none of gelu, relu and"):
+        ft.accelerate(model, strict=True)
+    with pytest.warns(UserWarning, match="nothing to accelerate: 0: its activation sigmoid"):
+        ft.accelerate(model)
+    assert type(model[0].norm1) is nn.LayerNorm  # no child of a layer that stays is swapped
 
 
 def test_names_are_told_together():

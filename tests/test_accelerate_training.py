@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_models import MASKS, build, ids, pair, real
+from small_models import MASKS, B, T, build, ids, pair, real
 
 import fast_transformer as ft
 from fast_transformer.backends import record
@@ -59,13 +59,38 @@ def test_dropout_is_seeded_and_acts(backend):
     assert torch.equal(run(1), run(2))
 
 
+@pytest.mark.parametrize("mask", ["none", "right"])
 @pytest.mark.parametrize("option", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
-def test_each_dropout_acts(option):
+def test_each_dropout_acts(option, mask):
     _, fast = pair(**{option: 0.5})
-    embeds = torch.randn(2, 5, 32)  # past the dropout of the embeddings
+    x, mask = torch.randn(B, T, 32), MASKS[mask]()  # past the dropout of the embeddings
+    encoder = fast.train().encoder
+    first, second = (encoder(x, mask).last_hidden_state for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_packed_tokens_meet_the_same_attention_dropout(backend):
+    """As padded ones: where a token stands in its sequence decides, not where it is packed."""
+    _, fast = pair(attention_probs_dropout_prob=0.4)
     fast.train()
-    layer = fast.encoder.layer[0]
-    assert not torch.equal(layer(embeds, None), layer(embeds, None))
+    results = []
+    for hook in (None, lambda *args: None):
+        if hook is not None:  # the hook keeps the encoder from packing
+            fast.encoder.layer[0].register_forward_hook(hook)
+        torch.manual_seed(1)
+        x, mask = torch.ones(B, T, 32).cumsum(1).sin(), MASKS["right"]()
+        results.append(fast.encoder(x, mask).last_hidden_state)
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_scale_of_the_module_is_used(backend):
+    stock, fast = pair()
+    tokens, keep = ids(), real(MASKS["right"]())
+    for model in (stock, fast):
+        model.encoder.layer[0].attention.self.scaling = 0.01
+    for mask in (None, MASKS["right"]()):
+        expected, found = (m(tokens, mask).last_hidden_state[keep] for m in (stock, fast))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

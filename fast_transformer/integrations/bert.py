@@ -13,15 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fast_transformer.integrations import masks
-from fast_transformer.integrations.plain import (
-    any_hooked,
-    hooked,
-    linear,
-    obstacles,
-    plain,
-    residual_norm,
-)
 from fast_transformer.nn.padding import Packing
+from fast_transformer.nn.plain import any_hooked, hooked, is_linear, linear, plain, residual_norm
 from fast_transformer.ops import attention, attention_varlen, linear_act, mlp
 
 PREFIXES = {  # transformers.models.<family>.modeling_<family> -> how its classes' names begin
@@ -95,16 +88,11 @@ class Layer(nn.Module):
         return None if positions == "absolute" else f"position_embedding_type is {positions!r}"
 
     def costs(self) -> Iterator[tuple[str, str]]:
-        """(child, what its being special costs), for `explain`."""
-        for name, what in obstacles(self):
-            yield name, f"{what}: called as a module, and its encoder computes padding"
+        """(child, what its being special costs), for `explain`, beyond what any layer's would."""
         for name, expected in self.parts.items():
-            if type(self.get_submodule(name)) is not expected:
-                kind = type(self.get_submodule(name)).__name__
-                yield name, f"is {kind}: called as a module, and its encoder computes padding"
-        for name, child in self.named_modules():
-            if name.endswith(("query", "key", "value", "dense")) and type(child) is not nn.Linear:
-                yield name, f"is {type(child).__name__}: called as a module"
+            kind = type(self.get_submodule(name))
+            if kind is not expected:
+                yield name, f"is {kind.__name__}: called as a module; its encoder computes padding"
         act = getattr(self.intermediate, "intermediate_act_fn", None)
         if activation_of(act) is None:
             name = type(act).__name__ if isinstance(act, nn.Module) else repr(act)
@@ -164,8 +152,8 @@ def _attend(module: Any, x: Tensor, mask: Tensor | Packing | None) -> Tensor:
 def _mlp(inner: Any, outer: Any, x: Tensor) -> Tensor:
     """The two products with the activation between them."""
     name = activation_of(inner.intermediate_act_fn)
-    fused = plain(inner.dense, nn.Linear) and name is not None
-    if fused and plain(outer, nn.Linear):
+    fused = is_linear(inner.dense) and name is not None
+    if fused and is_linear(outer):
         first = inner.dense
         return mlp(x, first.weight, first.bias, outer.weight, outer.bias, activation=name)
     if fused:

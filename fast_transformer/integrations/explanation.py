@@ -11,6 +11,7 @@ from torch import nn
 
 from fast_transformer.backends import record
 from fast_transformer.integrations import registry
+from fast_transformer.integrations.costs import costs as costs_of
 from fast_transformer.integrations.swap import candidates
 
 
@@ -70,8 +71,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     swapped = [(n, m) for n, m in model.named_modules() if registry.ours(m)]
     costs = []
     for name, module in swapped:
-        find = getattr(module, "costs", None)
-        for child, what in find() if find is not None else ():
+        for child, what in costs_of(module):
             costs.append((".".join(filter(None, (name, child))), what))
     calls, reasons = None, {}
     if inputs or kwargs:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import nn
 
@@ -13,12 +13,13 @@ class Entry(NamedTuple):
     """What takes a stock class's place.
 
     target: its subclass, whose `unsupported(module)` answers why an instance must stay, or None.
-    stack: whether its children are swapped too; a layer's are not, since it runs them itself.
+    children: when they are swapped too. A stack's always are; those of a layer that stays never,
+        since torch.nn's fast path would bypass them; some layers have no use for it.
     sample: shapes of the inputs that a self-check runs a module on; None for stacks.
     """
 
     target: Any
-    stack: bool
+    children: Literal["always", "with it", "never"]
     sample: Callable[[Any], Shapes] | None
 
 
@@ -31,8 +32,9 @@ def entry(stock: type) -> Entry | None:
 
         target = bert.accelerated(stock)
         if target is not None:
-            stack = issubclass(target, bert.Encoder)
-            return Entry(target, stack, None if stack else _bert_sample)
+            if issubclass(target, bert.Encoder):
+                return Entry(target, "always", None)
+            return Entry(target, "never", lambda m: _batches(m.attention.self.config.hidden_size))
     return None
 
 
@@ -41,19 +43,15 @@ def _torch() -> dict[type, Entry]:
     from fast_transformer import nn as ours
 
     return {
-        nn.LayerNorm: Entry(ours.LayerNorm, False, lambda m: ((2, *m.normalized_shape),)),
+        nn.LayerNorm: Entry(ours.LayerNorm, "never", lambda m: ((2, *m.normalized_shape),)),
         nn.MultiheadAttention: Entry(
-            ours.MultiheadAttention, False, lambda m: _batches(m.embed_dim, m.kdim, m.vdim)
+            ours.MultiheadAttention, "never", lambda m: _batches(m.embed_dim, m.kdim, m.vdim)
         ),
         nn.TransformerEncoderLayer: Entry(
-            ours.TransformerEncoderLayer, False, lambda m: _batches(m.self_attn.embed_dim)
+            ours.TransformerEncoderLayer, "with it", lambda m: _batches(m.self_attn.embed_dim)
         ),
-        nn.TransformerEncoder: Entry(ours.TransformerEncoder, True, None),
+        nn.TransformerEncoder: Entry(ours.TransformerEncoder, "always", None),
     }
-
-
-def _bert_sample(module: Any) -> Shapes:
-    return _batches(module.attention.self.config.hidden_size)
 
 
 def _batches(*widths: int) -> Shapes:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fast_transformer.backends import chosen
-from fast_transformer.integrations.plain import any_hooked
 from fast_transformer.integrations.registry import Entry, swap, unswap
+from fast_transformer.nn.plain import any_hooked
 
 _verdicts: dict[object, str | None] = {}
 

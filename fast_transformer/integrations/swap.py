@@ -28,18 +28,19 @@ def _below(name: str, module: nn.Module, seen: set[int]) -> Iterator[Candidate]:
         return
     seen.add(id(module))
     kind = module.__dict__.get("_stock_class", type(module))
-    entry, near = registry.entry(kind), None
-    if entry is None and not registry.ours(module):
-        near = registry.relative(kind)
-    if near is not None:
-        differs = f"a subclass of {near.__name__}, whose forward may be another"
-        yield Candidate(name, module, None, differs)
-        entry = registry.entry(near)
-    elif entry is not None and not registry.ours(module):
-        reason = entry.target.unsupported(module) or selfcheck.verdict(module, entry)
-        yield Candidate(name, module, entry, reason)
-    if entry is not None and not entry.stack:
-        return  # never only a layer's children: torch.nn's fast path would bypass them
+    entry, reason = registry.entry(kind), None
+    if not registry.ours(module):
+        near = None if entry is not None else registry.relative(kind)
+        if near is not None:
+            reason = f"a subclass of {near.__name__}, whose forward may be another"
+            yield Candidate(name, module, None, reason)
+            entry = registry.entry(near)
+        elif entry is not None:
+            reason = entry.target.unsupported(module) or selfcheck.verdict(module, entry)
+            yield Candidate(name, module, entry, reason)
+    if entry is not None and entry.children != "always":
+        if entry.children == "never" or reason is not None:
+            return
     for key, child in module.named_children():
         yield from _below(f"{name}.{key}" if name else key, child, seen)
 
