@@ -31,8 +31,8 @@ class TileDraws {
       draw_row(dropout.seed, t.col, t.col + t.cols, first_row + t.row + r, 0, 0, draws_[r]);
     }
   }
+  // Of a tile whose dropout is active.
   FT_INLINE Vec drop(Vec v, int64_t row, int64_t col) const {
-    if (!dropout_.active()) return v;
     return FT_ISA::drop(v, draws_[row] + col, dropout_.threshold, dropout_.scale);
   }
 
@@ -40,6 +40,9 @@ class TileDraws {
   const Dropout& dropout_;
   uint16_t draws_[kMostTileRows][draw_space(kTileCols)];
 };
+
+// The two that follow work on copies of what they know of the tile: stores could change the members
+// behind a pointer, as far as the compiler can tell, and it would load them anew for every vector.
 
 // out = dropout(act(C + bias)), and C + bias itself where it is asked for.
 template <typename T, typename Out>
@@ -52,18 +55,28 @@ struct Activated {
 
   void operator()(const Tile& t) const {
     const TileDraws draws(dropout, first_row, t);
-    with_activation(activation, [&](auto kind) {
-      for (int64_t j = 0; j < t.cols; j += kWidth) {
-        const int64_t left = t.cols - j, col = t.col + j;
-        const Vec b = bias ? load(bias + col, left) : zero();
-        for (int64_t r = 0; r < t.rows; ++r) {
-          const Vec v = load(t.c + r * t.ldc + j) + b;
-          if (pre) store(mutable_row<T>(pre, t.row + r) + col, v, left);
-          const Vec h = draws.drop(activate<kind(), T>(v), r, j);
-          store(mutable_row<Out>(out, t.row + r) + col, h, left);
-        }
+    with_activation(activation, [&](auto kind) { run<kind()>(t, draws); });
+  }
+
+ private:
+  template <Activation kActivation>
+  void run(const Tile tile, const TileDraws& draws) const {
+    const T* const b = bias ? bias + tile.col : nullptr;
+    const bool drops = dropout.active(), has_pre{pre};
+    T* to_pre = has_pre ? mutable_row<T>(pre, tile.row) + tile.col : nullptr;
+    Out* to = mutable_row<Out>(out, tile.row) + tile.col;
+    const int64_t pre_stride = pre.stride[0], stride = out.stride[0];
+    const float* c = tile.c;
+    for (int64_t r = 0; r < tile.rows; ++r, c += tile.ldc, to += stride) {
+      for (int64_t j = 0; j < tile.cols; j += kWidth) {
+        const int64_t left = tile.cols - j;
+        const Vec v = b ? load(c + j) + load(b + j, left) : load(c + j);
+        if (has_pre) store(to_pre + r * pre_stride + j, v, left);
+        Vec h = activate<kActivation, T>(v);
+        if (drops) h = draws.drop(h, r, j);
+        store(to + j, h, left);
       }
-    });
+    }
   }
 };
 
@@ -79,23 +92,32 @@ struct HiddenGradient {
 
   void operator()(const Tile& t) const {
     const TileDraws draws(dropout, first_row, t);
-    with_activation(activation, [&](auto kind) {
-      for (int64_t j = 0; j < t.cols; j += kWidth) {
-        const int64_t left = t.cols - j, col = t.col + j;
-        for (int64_t r = 0; r < t.rows; ++r) {
-          const Vec x = load(row<T>(pre, t.row + r) + col, left);
-          if (h) {
-            const Vec v = draws.drop(activate<kind(), T>(x), r, j);
-            store(mutable_row<Kept<T>>(h, t.row + r) + col, v, left);
-          }
-          if (dpre) {
-            const Vec v = draws.drop(load(t.c + r * t.ldc + j), r, j);
-            store(mutable_row<Kept<T>>(dpre, t.row + r) + col,
-                  v * activation_gradient<kind(), T>(x), left);
-          }
+    with_activation(activation, [&](auto kind) { run<kind()>(t, draws); });
+  }
+
+ private:
+  template <Activation kActivation>
+  void run(const Tile tile, const TileDraws& draws) const {
+    const bool drops = dropout.active(), has_h{h}, has_dpre{dpre};
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const T* from = row<T>(pre, tile.row + r) + tile.col;
+      Kept<T>* to_h = has_h ? mutable_row<Kept<T>>(h, tile.row + r) + tile.col : nullptr;
+      Kept<T>* to = has_dpre ? mutable_row<Kept<T>>(dpre, tile.row + r) + tile.col : nullptr;
+      for (int64_t j = 0; j < tile.cols; j += kWidth) {
+        const int64_t left = tile.cols - j;
+        const Vec x = load(from + j, left);
+        if (has_h) {
+          Vec v = activate<kActivation, T>(x);
+          if (drops) v = draws.drop(v, r, j);
+          store(to_h + j, v, left);
+        }
+        if (has_dpre) {
+          Vec v = load(tile.c + r * tile.ldc + j);
+          if (drops) v = draws.drop(v, r, j);
+          store(to + j, v * activation_gradient<kActivation, T>(x), left);
         }
       }
-    });
+    }
   }
 };
 

@@ -71,7 +71,7 @@ inline constexpr int kTileCols = kTileVecs * kWidth;
 // Sums longer than this are cut: each block of k is summed from zero in registers and then added to
 // C. That keeps the rounding error of a long sum near sqrt(k / kSumLanes) instead of k, on a level
 // with the libraries we are compared with, and a panel of B (kSumLanes x kTileCols) within L2.
-inline constexpr int64_t kSumLanes = 256;
+inline constexpr int64_t kSumLanes = 384;
 
 // A panel is kTileCols columns of B, k-major: panel[k * kTileCols + column]. Lanes past the last
 // column or row are zero. panels(n) panels hold n columns.

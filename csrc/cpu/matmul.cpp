@@ -12,8 +12,8 @@ namespace {
 // In the matrix unit it stays in L1, unless one block is all: then C never leaves the tiles.
 template <typename D>
 constexpr int64_t block_lanes(int64_t depth) {
-  constexpr int64_t kWhole = D::kInMatrixUnit ? kSumLanes * 3 / 4 : kSumLanes * 3 / 2;
-  constexpr int64_t kMost = D::kInMatrixUnit ? kSumLanes / 2 : kSumLanes;
+  constexpr int64_t kWhole = D::kInMatrixUnit ? kSumLanes / 2 : kSumLanes;
+  constexpr int64_t kMost = D::kInMatrixUnit ? kSumLanes / 3 : kSumLanes;
   if (depth <= kWhole) return depth;
   return round_up(ceil_div(depth, ceil_div(depth, kMost)), 16);
 }
