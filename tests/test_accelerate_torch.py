@@ -100,6 +100,7 @@ def test_a_stock_encoder_around_our_layers(backend):
     stock = Mine(layer, 2, enable_nested_tensor=True).eval()
     fast = ft.accelerate(copy.deepcopy(stock))
     assert type(fast) is Mine and isinstance(fast.layers[0], ft.nn.TransformerEncoderLayer)
+    assert stock.use_nested_tensor and not fast.use_nested_tensor
     x, keep = torch.randn(B, T, C), ~padding()
     with torch.no_grad():
         expected = stock(x, src_key_padding_mask=~keep)
