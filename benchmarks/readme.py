@@ -26,7 +26,7 @@ def table(figures: dict) -> str:
         lines.append(f"| {batch} | {' | '.join(cells)} | **{s['ratio']:.2f}×** |")
     lines += [
         "",
-        "| embeddings against transformers fp32 | max error | min cosine | same nearest neighbour |",
+        "| embeddings against transformers fp32 | max error | min cosine | same neighbour |",
         "|---|---:|---:|---:|",
     ]
     for side, a in figures["agreement"].items():

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fast_transformer.integrations import masks
-from fast_transformer.nn.padding import Packing
+from fast_transformer.nn.padding import Packing, readable
 from fast_transformer.nn.plain import any_hooked, hooked, is_linear, linear, plain, residual_norm
 from fast_transformer.ops import attention, attention_varlen, linear_act, mlp
 
@@ -203,7 +203,7 @@ class Encoder(nn.Module):
         keep = None if mask is None else masks.padding(mask, batch, length)
         if keep is None:
             return stock(mask, *args, **kwargs)
-        if masks.readable(keep):
+        if readable(keep):
             packing = Packing(keep)
             if packing.tokens.numel() == batch * length:
                 return stock(None, *args, **kwargs)

@@ -3,16 +3,7 @@
 import torch
 from torch import Tensor
 
-
-def readable(x: Tensor) -> bool:
-    """Tell whether the values of `x` may steer Python: not while anything traces the call."""
-    return (
-        type(x) is Tensor
-        and not x.is_meta
-        and not torch.compiler.is_compiling()
-        and not torch._C._get_tracing_state()  # torch.jit.trace
-        and not torch._C._are_functorch_transforms_active()
-    )
+from fast_transformer.nn.padding import readable
 
 
 def broadcast(mask: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             value: the same with S and vdim.
             key_padding_mask: (batch, S), or (S,) for one sequence: bool, where True forbids, or
                 added to the scores.
-            need_weights: return the weights too; they are formed from the logsumexp in a second
-                pass, and cost memory for (T, S) of them.
+            need_weights: return the weights too; they are formed in a second pass, and cost memory
+                for (T, S) of them.
             attn_mask: (T, S) or (batch · heads, T, S), bool or added.
             average_attn_weights: average the weights over the heads.
             is_causal: a hint that attn_mask is the causal mask, which then is not read.
@@ -198,7 +198,12 @@ def _attend(
         q, k, v, dropout_p=dropout_p, seed=seed, return_lse=True, **options
     )  # fmt: skip
     scores = (q @ k.mT).to(lse.dtype) * module.head_dim**-0.5 + masks.added(T, S, q)
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+    # not exp(scores - lse): both are rounded, and what cancels leaves their errors in the weights
+    if masks.attention is None and masks.padding is None:
+        weights = scores.softmax(-1)
+    else:
+        empty = (lse == -torch.inf)[..., None]
+        weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
     if seed is not None:
         keep = keep_mask(seed, dropout_p, B, H, T, S)
         weights = weights.masked_fill(~keep, 0.0) * keep_scale(dropout_p)

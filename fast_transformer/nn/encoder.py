@@ -4,10 +4,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.transformer import _detect_is_causal_mask
 
-from fast_transformer.nn.encoder_layer import TransformerEncoderLayer, nested
-from fast_transformer.nn.padding import Packing
+from fast_transformer.nn.encoder_layer import TransformerEncoderLayer, check, nested
+from fast_transformer.nn.padding import Packing, readable
 from fast_transformer.nn.plain import is_norm, norm
 
 
@@ -51,24 +50,26 @@ class TransformerEncoder(nn.TransformerEncoder):
         Raises:
             ValueError, TypeError: an argument is not as above.
         """
+        causal = _is_causal(mask) if is_causal is None else is_causal
+        if self.layers:
+            check(
+                "TransformerEncoder",
+                cast(nn.TransformerEncoderLayer, self.layers[0]),
+                src,
+                mask,
+                src_key_padding_mask,
+                causal,
+                ("mask", "src_key_padding_mask"),
+            )
         packs = all(isinstance(x, TransformerEncoderLayer) and x.packable() for x in self.layers)
-        if src.is_nested and packs and mask is None and src_key_padding_mask is None:
+        if src.is_nested and packs:
             return nested(src, lambda x, packing: self._finish(self._packed(x, packing, False)))
         batch_first = (
             bool(self.layers) and cast(nn.MultiheadAttention, self.layers[0].self_attn).batch_first
         )
-        length = (
-            src.shape[1 if batch_first and src.dim() == 3 else 0] if not src.is_nested else None
-        )
-        causal = _detect_is_causal_mask(mask, is_causal, length)
         keep = _tokens(src_key_padding_mask)
         if keep is not None and src.dim() == 3 and packs and (mask is None or causal):
             x = src if batch_first else src.transpose(0, 1)
-            if keep.shape != x.shape[:2]:
-                raise ValueError(
-                    f"TransformerEncoder: src_key_padding_mask has shape {tuple(keep.shape)}; it "
-                    f"must be (batch, T) = {tuple(x.shape[:2])}."
-                )
             if not bool(keep.all()):
                 packing = Packing(keep)
                 x = packing.pack(x)
@@ -76,12 +77,15 @@ class TransformerEncoder(nn.TransformerEncoder):
                 if self.norm is None or is_norm(self.norm):
                     x = packing.unpack(self._finish(x))
                 else:  # a norm that is watched sees the batch as it would
-                    x = self._finish(packing.unpack(x))
+                    x = self._finish(packing.unpack(x)).masked_fill(~keep[..., None], 0.0)
                 return x if batch_first else x.transpose(0, 1)
             src_key_padding_mask = None
-        x = src
+        # what lies in padding, NaN included, must not reach a product
+        x = _without_padding(src, src_key_padding_mask, batch_first)
         for layer in self.layers:
             x = layer(x, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
+        if x.is_nested:
+            return nested(x, lambda x, _: self._finish(x))
         return _without_padding(self._finish(x), src_key_padding_mask, batch_first)
 
     def _packed(self, x: Tensor, packing: Packing, causal: bool) -> Tensor:
@@ -95,7 +99,7 @@ class TransformerEncoder(nn.TransformerEncoder):
 
 def _tokens(padding: Tensor | None) -> Tensor | None:
     """(batch, T), True where there is a token; None where there is no telling before the layers."""
-    if padding is None or torch.compiler.is_compiling() or padding.is_meta:
+    if padding is None or not readable(padding):
         return None
     if padding.dtype == torch.bool:
         return ~padding
@@ -103,6 +107,16 @@ def _tokens(padding: Tensor | None) -> Tensor | None:
         return None  # the layers have an error for it
     keep = padding == 0
     return keep if bool((keep | (padding == -torch.inf)).all()) else None
+
+
+def _is_causal(mask: Tensor | None) -> bool:
+    """Tell whether `mask` forbids the future and nothing else; values are read."""
+    if mask is None or mask.dim() != 2 or torch.compiler.is_compiling() or mask.is_meta:
+        return False
+    future = torch.ones_like(mask, dtype=torch.bool).triu(1)
+    if mask.dtype != torch.bool:
+        return torch.equal(mask, torch.zeros_like(mask).masked_fill(future, -torch.inf))
+    return torch.equal(mask, future)
 
 
 def _without_padding(x: Tensor, padding: Tensor | None, batch_first: bool) -> Tensor:

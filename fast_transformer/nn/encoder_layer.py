@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fast_transformer.nn import masks
 from fast_transformer.nn.attention import (
     MultiheadAttention,
     packable,
@@ -86,8 +87,17 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         Raises:
             ValueError, TypeError: an argument is not as above.
         """
+        check(
+            "TransformerEncoderLayer",
+            self,
+            src,
+            src_mask,
+            src_key_padding_mask,
+            is_causal,
+            ("src_mask", "src_key_padding_mask"),
+        )
         if src.is_nested:
-            return nested(src, lambda x, packing: self.run_packed(x, packing, False))
+            return nested(src, self._run_nested)
 
         def attend(x: Tensor) -> Tensor:
             out, _ = self.self_attn(
@@ -102,15 +112,26 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         """Tell whether the layer can run on packed tokens: nothing has to see the padded batch."""
         attention = self.self_attn
         return (
-            type(self) is TransformerEncoderLayer
-            and not any_hooked(self)
-            and plain(attention, nn.MultiheadAttention, MultiheadAttention)
-            and packable(attention)
+            type(self) is TransformerEncoderLayer and not any_hooked(self) and _packable(attention)
         )
 
     def run_packed(self, x: Tensor, packing: Packing, causal: bool) -> Tensor:
         """The layer on packed tokens, (tokens, d_model) → (tokens, d_model)."""
         return self._run(x, lambda x: self_attention_packed(self.self_attn, x, packing, causal))
+
+    def _run_nested(self, x: Tensor, packing: Packing) -> Tensor:
+        if _packable(self.self_attn):
+            return self.run_packed(x, packing, False)
+
+        def attend(x: Tensor) -> Tensor:  # what is watched or unknown is called, on a padded batch
+            x = packing.unpack(x)
+            x = x if self.self_attn.batch_first else x.transpose(0, 1)
+            out, _ = self.self_attn(
+                x, x, x, key_padding_mask=~packing.keep, need_weights=False
+            )  # fmt: skip
+            return packing.pack(out if self.self_attn.batch_first else out.transpose(0, 1))
+
+        return self._run(x, attend)
 
     def _run(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """The layer around `attend`, self-attention before its dropout; x: (..., d_model)."""
@@ -131,4 +152,49 @@ def nested(src: Tensor, run: Callable[[Tensor, Packing], Tensor]) -> Tensor:
     lengths = [len(x) for x in sequences]
     packing = Packing.of_lengths(lengths, src.device)
     out = run(torch.cat(sequences), packing)
-    return torch.nested.as_nested_tensor(list(torch.split(out, lengths)))
+    if src.layout == torch.jagged:
+        offsets = cast(Any, src).offsets()
+        if cast(Any, src).lengths() is None and int(offsets[0]) == 0:
+            # of the same ragged shape as src, so that they can be added
+            return torch.nested.nested_tensor_from_jagged(out, offsets)
+    parts = list(torch.split(out, lengths))
+    return torch.nested.as_nested_tensor(parts, layout=src.layout)
+
+
+def check(
+    name: str,
+    layer: nn.TransformerEncoderLayer,
+    src: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    is_causal: bool,
+    names: tuple[str, str],
+) -> None:
+    """Raise unless src and its masks, which `name`'s caller knows as `names`, suit the layer."""
+    if src.is_nested:
+        for which, given in zip(names, (mask, padding), strict=True):
+            if given is not None:
+                raise ValueError(f"{name}: {which} must be None where src is nested.")
+        return
+    attention = layer.self_attn
+    if not isinstance(attention, nn.MultiheadAttention):
+        return
+    width, alone = attention.embed_dim, src.dim() == 2
+    if src.dim() not in (2, 3) or src.shape[-1] != width:
+        layout = "batch, length" if attention.batch_first else "length, batch"
+        raise ValueError(
+            f"{name}: src has shape {tuple(src.shape)}; it must be ({layout}, {width}), or "
+            f"(length, {width}) for one sequence."
+        )
+    length, batch = (src.shape[0], 1) if alone else src.shape[:2]
+    if attention.batch_first and not alone:
+        length, batch = batch, length
+    if alone and padding is not None:
+        padding = padding.unsqueeze(0)
+    masks.check(name, mask, padding, is_causal, (batch, attention.num_heads, length, length), names)
+
+
+def _packable(attention: nn.Module) -> bool:
+    return plain(attention, nn.MultiheadAttention, MultiheadAttention) and packable(
+        cast(nn.MultiheadAttention, attention)
+    )

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fast_transformer.nn.padding import readable
+
 
 class Masks(NamedTuple):
     """What forbids attention from (batch, heads, T) rows to S keys; each part may be absent.
@@ -85,7 +87,7 @@ def _numbers(allowed: Tensor) -> Tensor:
 
 def _bounds(padding: Tensor) -> dict[str, Tensor] | None:
     """key_lengths or key_starts where the padding lies at one end; values are read."""
-    if torch.compiler.is_compiling() or padding.is_meta:
+    if not readable(padding):
         return None
     lengths = padding.sum(1)
     key = torch.arange(padding.shape[1], device=padding.device)
@@ -107,8 +109,27 @@ def from_torch(
     attn_mask: (T, S) or (batch · heads, T, S); key_padding_mask: (batch, S). Both bool, where True
     forbids, or floating, added to the scores. is_causal says that attn_mask is the causal one.
     """
+    check(name, attn_mask, key_padding_mask, is_causal, shape)
+    if attn_mask is not None and attn_mask.dim() == 3:
+        attn_mask = attn_mask.view(shape)
+    return Masks(
+        None if attn_mask is None or is_causal else _turned(attn_mask),
+        None if key_padding_mask is None else _turned(key_padding_mask),
+        is_causal,
+    )
+
+
+def check(
+    name: str,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    shape: tuple[int, int, int, int],
+    names: tuple[str, str] = ("attn_mask", "key_padding_mask"),
+) -> None:
+    """Raise unless the masks, which the caller knows as `names`, suit (batch, heads, T, S)."""
     B, H, T, S = shape
-    for mask, which in ((attn_mask, "attn_mask"), (key_padding_mask, "key_padding_mask")):
+    for mask, which in zip((attn_mask, key_padding_mask), names, strict=True):
         if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
             raise TypeError(
                 f"{name}: {which} has dtype {str(mask.dtype).removeprefix('torch.')}; accepted are "
@@ -116,24 +137,16 @@ def from_torch(
             )
     if key_padding_mask is not None and key_padding_mask.shape != (B, S):
         raise ValueError(
-            f"{name}: key_padding_mask has shape {tuple(key_padding_mask.shape)}; it must be "
+            f"{name}: {names[1]} has shape {tuple(key_padding_mask.shape)}; it must be "
             f"(batch, S) = {(B, S)}."
         )
     if is_causal and attn_mask is None:
-        raise ValueError(f"{name}: is_causal is a hint about attn_mask, which is not given.")
-    if attn_mask is not None:
-        if attn_mask.shape == (B * H, T, S) and attn_mask.dim() == 3:
-            attn_mask = attn_mask.view(B, H, T, S)
-        elif attn_mask.shape != (T, S):
-            raise ValueError(
-                f"{name}: attn_mask has shape {tuple(attn_mask.shape)}; it must be (T, S) = "
-                f"{(T, S)} or (batch · heads, T, S) = {(B * H, T, S)}."
-            )
-    return Masks(
-        None if attn_mask is None or is_causal else _turned(attn_mask),
-        None if key_padding_mask is None else _turned(key_padding_mask),
-        is_causal,
-    )
+        raise ValueError(f"{name}: is_causal is a hint about {names[0]}, which is not given.")
+    if attn_mask is not None and attn_mask.shape not in ((T, S), (B * H, T, S)):
+        raise ValueError(
+            f"{name}: {names[0]} has shape {tuple(attn_mask.shape)}; it must be (T, S) = "
+            f"{(T, S)} or (batch · heads, T, S) = {(B * H, T, S)}."
+        )
 
 
 def _turned(mask: Tensor) -> Tensor:

@@ -4,6 +4,17 @@ import torch
 from torch import Tensor
 
 
+def readable(x: Tensor) -> bool:
+    """Tell whether the values of `x` may steer Python: not while anything traces the call."""
+    return (
+        type(x) is Tensor
+        and not x.is_meta
+        and not torch.compiler.is_compiling()
+        and not torch._C._get_tracing_state()  # torch.jit.trace
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 class Packing:
     """Where the tokens of a padded batch lie, so that layers see tokens and no padding.
 
@@ -12,11 +23,13 @@ class Packing:
         cu_seqlens: (batch + 1,) int32; sequence b holds packed tokens [cu_seqlens[b],
             cu_seqlens[b + 1]), in the order they have in the batch.
         max_seqlen: tokens of the longest sequence.
+        keep: (batch, length) bool, True where there is a token.
         tokens: (tokens,) int64, the position of each packed token in the batch flattened.
     """
 
     def __init__(self, keep: Tensor) -> None:
         """`keep`: (batch, length) bool, True where there is a token."""
+        self.keep = keep
         self.batch, self.length = keep.shape
         lengths = keep.sum(1, dtype=torch.int32)
         self.cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))

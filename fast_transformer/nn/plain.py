@@ -56,11 +56,11 @@ def is_norm(module: nn.Module | None) -> bool:
 
 def activation_name(activation: Any) -> str | None:
     """Return the ops' name of a torch.nn layer's activation, or None where they have none."""
-    if isinstance(activation, nn.GELU):
+    if type(activation) is nn.GELU:  # a subclass may have a forward of its own
         return "gelu" if activation.approximate == "none" else "gelu_tanh"
-    if isinstance(activation, nn.ReLU) or activation in (F.relu, F.relu_):
+    if type(activation) is nn.ReLU or activation in (F.relu, F.relu_):
         return "relu"
-    if isinstance(activation, nn.SiLU) or activation is F.silu:
+    if type(activation) is nn.SiLU or activation is F.silu:
         return "silu"
     return "gelu" if activation is F.gelu else None
 
