@@ -114,9 +114,9 @@ def _is_causal(mask: Tensor | None) -> bool:
     if mask is None or mask.dim() != 2 or torch.compiler.is_compiling() or mask.is_meta:
         return False
     future = torch.ones_like(mask, dtype=torch.bool).triu(1)
-    if mask.dtype != torch.bool:
+    if mask.is_floating_point():
         return torch.equal(mask, torch.zeros_like(mask).masked_fill(future, -torch.inf))
-    return torch.equal(mask, future)
+    return mask.dtype == torch.bool and torch.equal(mask, future)
 
 
 def _without_padding(x: Tensor, padding: Tensor | None, batch_first: bool) -> Tensor:
