@@ -111,7 +111,7 @@ def _tokens(padding: Tensor | None) -> Tensor | None:
 
 def _is_causal(mask: Tensor | None) -> bool:
     """Tell whether `mask` forbids the future and nothing else; values are read."""
-    if mask is None or mask.dim() != 2 or torch.compiler.is_compiling() or mask.is_meta:
+    if mask is None or mask.dim() != 2 or not readable(mask):
         return False
     future = torch.ones_like(mask, dtype=torch.bool).triu(1)
     if mask.is_floating_point():
