@@ -55,6 +55,24 @@ class Worker {
   }
 
  private:
+  // Rows of one head lie too far apart for the hardware to see the next ones coming. So with each
+  // strip, rows of its number are fetched: of the output, and of the head that follows.
+  void fetch(const Sequence& s, int64_t head, int64_t begin, int64_t count) const {
+    fetch(p_.out, s.batch, head, s.first_query + begin, count);
+    if (head + 1 == p_.heads) return;
+    fetch(p_.query, s.batch, head + 1, s.first_query + begin, count);
+    count = std::min(count, s.kv_len - begin);
+    fetch(p_.key, s.batch, head + 1, s.first_key + begin, count);
+    fetch(p_.value, s.batch, head + 1, s.first_key + begin, count);
+  }
+  void fetch(const HeadsView& v, int64_t batch, int64_t head, int64_t begin, int64_t count) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t i = begin; i < begin + count; ++i) {
+      const T* at = row<T>(v, batch, head, i);
+      for (int64_t d = 0; d < dim_; d += kLine) __builtin_prefetch(at + d);
+    }
+  }
+
   size_t bytes(const Longest& longest) const {
     return Scratch::bytes<Lane>(panels(longest.keys) * panel_) +
            Scratch::bytes<Lane>(panels(dim_) * panel_size<D>(longest.keys)) +
@@ -76,6 +94,7 @@ class Worker {
       for (int64_t i = 0; i < rows; i += D::kTileRows) {
         const int64_t count = std::min<int64_t>(D::kTileRows, rows - i);
         const int64_t n = std::min(blocks_.keys, limit.of_row(q + i + count - 1) - key);
+        if (key == 0) fetch(s, head, q + i, count);
         if (n > 0) strip(s, limit, head, q, i, count, key, n);
       }
     }

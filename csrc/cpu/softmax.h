@@ -18,7 +18,7 @@ struct SoftmaxState {
   // Natural logarithm of the sum of exponentials; -inf where no key was met.
   float logsumexp(double factor) const {
     if (total == 0.0f) return -INFINITY;
-    return static_cast<float>((maximum * factor + std::log2(double{total})) *
+    return static_cast<float>((maximum * factor + double{std::log2(total)}) *
                               0.693147180559945309417);
   }
 };
