@@ -71,6 +71,17 @@ def test_hooks_on_children_fire(backend, child, norm_first):
     torch.testing.assert_close(heard[1][1:], heard[0][1:], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("where", ["norm", "layers.0", "layers.0.self_attn", "layers.0.linear1"])
+def test_a_hook_sees_the_padded_batch(backend, where):
+    _, ours = encoders(LAYER, final_norm=True)
+    shapes = []
+    ours.get_submodule(where).register_forward_pre_hook(
+        lambda m, args: shapes.append(args[0].shape)
+    )
+    ours(src(), **masks("right"))
+    assert shapes == [(B, T, C)]
+
+
 def test_a_hook_that_changes_the_output_changes_it(backend):
     stock, ours = layers(activation=nn.GELU())
     x, expected = src(), None
