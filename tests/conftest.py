@@ -97,7 +97,9 @@ def pytest_sessionfinish(session):
         return
     selection = config.option.markexpr or "all"
     counts = json.loads(COUNT_FILE.read_text()) if COUNT_FILE.exists() else {}
-    passed, expected = len(reporter.stats.get("passed", [])), counts.get(selection, 0)
+    # how many instruction sets there are to repeat the suite on is the machine's business
+    everywhere = (r for r in reporter.stats.get("passed", []) if "instruction_sets" not in r.nodeid)
+    passed, expected = len(list(everywhere)), counts.get(selection, 0)
     if config.option.accept_count:
         COUNT_FILE.write_text(json.dumps(counts | {selection: passed}, indent=2) + "\n")
     elif passed < expected:
