@@ -32,11 +32,7 @@ class Worker {
         padded_dim_(round_up(dim_, kWidth)),
         power_(softmax_factor(p_)),
         query_space_(round_up(longest.queries, kQueries)),
-        scratch_([&] {
-          Arena sizes;
-          take_all(sizes);
-          return sizes.bytes;
-        }()) {
+        scratch_(ScratchSize::of([&](auto& size) { take_all(size); })) {
     take_all(scratch_);
   }
 
@@ -55,15 +51,6 @@ class Worker {
   }
 
  private:
-  // Adds up what take_all would take.
-  struct Arena {
-    size_t bytes = 0;
-    template <typename U>
-    U* take(size_t count) {
-      bytes += Scratch::bytes<U>(count);
-      return nullptr;
-    }
-  };
   template <typename From>
   void take_all(From& from) {
     const int64_t panel = panels(dim_) * panel_size<D>(query_space_);

@@ -27,15 +27,8 @@ class Worker {
         blocks_(ForwardBlocks::of<D>(dim_)),
         scores_ld_(blocks_.keys + kWidth),
         panel_(panel_size<D>(dim_)),
-        scratch_(bytes(longest)) {
-    keys_ = scratch_.take<Lane>(panels(longest.keys) * panel_);
-    values_ = scratch_.take<Lane>(panels(dim_) * panel_size<D>(longest.keys));
-    queries_ = scratch_.take<Lane>(blocks_.queries * depth_ + kWidth);
-    out_ = scratch_.take<float>(blocks_.queries * padded_dim_);
-    states_ = scratch_.take<SoftmaxState>(blocks_.queries);
-    scores_ = scratch_.take<float>(D::kTileRows * scores_ld_);
-    probabilities_ = scratch_.take<Lane>(D::kTileRows * scores_ld_);
-    draws_ = scratch_.take<uint16_t>(draw_space(blocks_.keys));
+        scratch_(ScratchSize::of([&](auto& size) { take_all(size, longest); })) {
+    take_all(scratch_, longest);
   }
 
   // Rows [begin, end) of blocks of queries of one head.
@@ -73,15 +66,16 @@ class Worker {
     }
   }
 
-  size_t bytes(const Longest& longest) const {
-    return Scratch::bytes<Lane>(panels(longest.keys) * panel_) +
-           Scratch::bytes<Lane>(panels(dim_) * panel_size<D>(longest.keys)) +
-           Scratch::bytes<Lane>(blocks_.queries * depth_ + kWidth) +
-           Scratch::bytes<float>(blocks_.queries * padded_dim_) +
-           Scratch::bytes<SoftmaxState>(blocks_.queries) +
-           Scratch::bytes<float>(D::kTileRows * scores_ld_) +
-           Scratch::bytes<Lane>(D::kTileRows * scores_ld_) +
-           Scratch::bytes<uint16_t>(draw_space(blocks_.keys));
+  template <typename From>
+  void take_all(From& from, const Longest& longest) {
+    keys_ = from.template take<Lane>(panels(longest.keys) * panel_);
+    values_ = from.template take<Lane>(panels(dim_) * panel_size<D>(longest.keys));
+    queries_ = from.template take<Lane>(blocks_.queries * depth_ + kWidth);
+    out_ = from.template take<float>(blocks_.queries * padded_dim_);
+    states_ = from.template take<SoftmaxState>(blocks_.queries);
+    scores_ = from.template take<float>(D::kTileRows * scores_ld_);
+    probabilities_ = from.template take<Lane>(D::kTileRows * scores_ld_);
+    draws_ = from.template take<uint16_t>(draw_space(blocks_.keys));
   }
 
   void block_of_rows(const Sequence& s, const KeyLimit& limit, int64_t head, int64_t q,

@@ -101,4 +101,24 @@ class Scratch {
   size_t used_ = 0;
 };
 
+// The bytes of all that `take_all` takes from what it is given: a first round, before there is
+// memory.
+class ScratchSize {
+ public:
+  template <typename TakeAll>
+  static size_t of(const TakeAll& take_all) {
+    ScratchSize size;
+    take_all(size);
+    return size.bytes_;
+  }
+  template <typename T>
+  T* take(size_t count) {
+    bytes_ += Scratch::bytes<T>(count);
+    return nullptr;
+  }
+
+ private:
+  size_t bytes_ = 0;
+};
+
 }  // namespace ft::FT_ISA
