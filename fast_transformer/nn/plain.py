@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
 
 from fast_transformer import ops
 from fast_transformer.nn.norm import LayerNorm
@@ -23,7 +24,8 @@ _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 def hooked(module: nn.Module) -> bool:
     """Tell whether something happens when `module` is called besides the forward of its class."""
     state = module.__dict__
-    if "forward" in state:
+    # profilers and FLOP counters set hooks on every module
+    if "forward" in state or _has_any_global_hook():  # type: ignore[no-untyped-call]
         return True
     return any(
         getattr(hook, "__module__", None) != _DORMANT
