@@ -227,7 +227,10 @@ class BuildNative(build_ext):
         for extension in self.extensions:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(built[extension.name.split(".")[-1]], target)
+            # put in place whole: a process that has the old one loaded keeps it
+            fresh = target.with_name(target.name + ".new")
+            shutil.copy2(built[extension.name.split(".")[-1]], fresh)
+            os.replace(fresh, target)
 
 
 class BuildPython(build_py):
