@@ -53,12 +53,4 @@ FT_INLINE void scale_row(float* x, int64_t n, float factor) {
   for (int64_t d = 0; d < n; d += kWidth) store(x + d, load(x + d) * factor);
 }
 
-// Calls `f` with a value of the storage type.
-template <typename F>
-void with_storage(DType dtype, const F& f) {
-  if (dtype == DType::kBFloat16) return f(bf16{});
-  if (dtype == DType::kFloat16) return f(fp16{});
-  return f(float{});
-}
-
 }  // namespace ft::FT_ISA

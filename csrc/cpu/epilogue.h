@@ -13,14 +13,6 @@ namespace ft::FT_ISA {
 template <typename T>
 using Kept = std::conditional_t<Dot<T>::kPerLane == 2, T, float>;
 
-// Calls `f` with a value of the storage type.
-template <typename F>
-void with_element(DType dtype, const F& f) {
-  if (dtype == DType::kBFloat16) return f(bf16{});
-  if (dtype == DType::kFloat16) return f(fp16{});
-  return f(float{});
-}
-
 // The draws of a tile's elements: column = feature, row = row of x, of which the chunk at hand
 // starts at `first_row`.
 class TileDraws {

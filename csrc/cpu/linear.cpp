@@ -78,10 +78,10 @@ void backward(const LinearGradParams& p, const Parallel& parallel) {
 }  // namespace
 
 void linear_act_fwd(const LinearParams& p, const Parallel& parallel) {
-  with_element(p.dtype, [&](auto element) { forward<decltype(element)>(p, parallel); });
+  with_storage(p.dtype, [&](auto element) { forward<decltype(element)>(p, parallel); });
 }
 void linear_act_bwd(const LinearGradParams& p, const Parallel& parallel) {
-  with_element(p.dtype, [&](auto element) { backward<decltype(element)>(p, parallel); });
+  with_storage(p.dtype, [&](auto element) { backward<decltype(element)>(p, parallel); });
 }
 
 }  // namespace ft::FT_ISA

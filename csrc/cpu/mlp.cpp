@@ -97,10 +97,10 @@ void backward(const MlpGradParams& p, const Parallel& parallel) {
 }  // namespace
 
 void mlp_fwd(const MlpParams& p, const Parallel& parallel) {
-  with_element(p.dtype, [&](auto element) { forward<decltype(element)>(p, parallel); });
+  with_storage(p.dtype, [&](auto element) { forward<decltype(element)>(p, parallel); });
 }
 void mlp_bwd(const MlpGradParams& p, const Parallel& parallel) {
-  with_element(p.dtype, [&](auto element) { backward<decltype(element)>(p, parallel); });
+  with_storage(p.dtype, [&](auto element) { backward<decltype(element)>(p, parallel); });
 }
 
 }  // namespace ft::FT_ISA

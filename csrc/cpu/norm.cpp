@@ -29,13 +29,7 @@ int64_t unit_rows(int64_t channels, size_t element) {
   return round_up(ceil_div(kUnitBytes, row), kRows);
 }
 
-// Calls `f` with a value of the storage type and with the flags as compile-time constants.
-template <typename F>
-void with_storage(DType dtype, const F& f) {
-  if (dtype == DType::kBFloat16) return f(bf16{});
-  if (dtype == DType::kFloat16) return f(fp16{});
-  return f(float{});
-}
+// Calls `f` with the flags as compile-time constants.
 template <typename F>
 void with_flags(bool a, bool b, const F& f) {
   if (a) {

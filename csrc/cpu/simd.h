@@ -282,15 +282,14 @@ FT_INLINE Vec exp2_fraction(Vec f) {
 // what was clamped to -127 before contributes nothing.
 inline constexpr float kExp2Magic = 0x1.8p23f + 127.0f;
 
-template <int kDegree = 6>
-FT_INLINE Vec exp2(Vec x) {
-  x = max(broadcast(-127.0f), x);  // in this order a NaN stays one
-  const Vec shifted = x + kExp2Magic;
-  const Vec power = as<Vec>(as<UVec>(shifted) << 23);
-  return exp2_fraction<kDegree>(x - (shifted - kExp2Magic)) * power;
-}
-
 inline constexpr float kLog2E = 1.44269504088896340736f;
-inline constexpr float kLn2 = 0.693147180559945309417f;
+
+// Calls `f` with a value of the storage type.
+template <typename F>
+void with_storage(DType dtype, const F& f) {
+  if (dtype == DType::kBFloat16) return f(bf16{});
+  if (dtype == DType::kFloat16) return f(fp16{});
+  return f(float{});
+}
 
 }  // namespace ft::FT_ISA
