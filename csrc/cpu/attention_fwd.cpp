@@ -3,8 +3,10 @@
 // in L1, K and V of the block, packed once per head, in L2. Cost of one head: 4 T S D FLOPs
 // (causal: half), T S exponentials, reads (T + 2 S) D elements and writes T D; memory O((T + S) D).
 #include <algorithm>
+#include <type_traits>
 
 #include "attention_blocks.h"
+#include "transpose.h"
 
 namespace ft::FT_ISA {
 namespace {
@@ -15,6 +17,7 @@ class Worker {
   using D = Dot<T>;
   using Lane = typename D::Lane;
   static constexpr bool kInPlace = D::kPerLane == 1;  // probabilities are lanes as they stand
+  using Probability = std::conditional_t<kInPlace, float, T>;
 
  public:
   Worker(const AttentionParams& p, const Longest& longest)
@@ -120,31 +123,50 @@ class Worker {
              int64_t count, int64_t key, int64_t n) {
     multiply_strip<D>(count, n, depth_, {queries_ + i * depth_, depth_, 1},
                       keys_ + key / kTileCols * panel_, panel_, scores_, scores_ld_, false);
-    const int64_t width = round_up(n, kWidth);
+    // All rows of the strip go through each step together, so that none waits for another's end.
+    int64_t seen[D::kTileRows];
+    Vec lanes_of[D::kTileRows];
+    float of_row[round_up(D::kTileRows, kWidth)];
     for (int64_t r = 0; r < count; ++r) {
       float* scores = scores_ + r * scores_ld_;
-      const int64_t row_index = q + i + r;
-      const int64_t seen = std::max<int64_t>(0, std::min(n, limit.of_row(row_index) - key));
-      scale_and_bias(p_, s, head, row_index, key, seen, scores);
-      const float rescale = softmax_block(scores, seen, factor_, power_, states_[i + r]);
+      seen[r] = std::max<int64_t>(0, std::min(n, limit.of_row(q + i + r) - key));
+      scale_and_bias(p_, s, head, q + i + r, key, seen[r], scores);
+      lanes_of[r] = largest(scores, seen[r]);
+    }
+    fold_rows(lanes_of, count, of_row, [](Vec a, Vec b) { return max(a, b); });
+    for (int64_t r = 0; r < count; ++r) {
+      const float rescale = states_[i + r].meet(of_row[r], factor_);
       if (rescale != 1.0f && key > 0) scale_row(out_ + (i + r) * padded_dim_, dim_, rescale);
-      if (p_.dropout.active()) drop_row(s, head, row_index, key, seen, scores);
-      for (int64_t j = round_up(seen, kWidth); j < width; j += kWidth) store(scores + j, zero());
-      if constexpr (!kInPlace) {
-        T* p = reinterpret_cast<T*>(probabilities_ + r * scores_ld_);
-        for (int64_t j = 0; j < width; j += kWidth) store(p + j, load(scores + j));
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      float* scores = scores_ + r * scores_ld_;
+      auto* p = reinterpret_cast<Probability*>(kInPlace ? reinterpret_cast<Lane*>(scores)
+                                                        : probabilities_ + r * scores_ld_);
+      const float shift = states_[i + r].shift();
+      if (p_.dropout.active()) {
+        lanes_of[r] = exponentials(scores, seen[r], shift, power_, scores);
+        drop_row(s, head, q + i + r, key, seen[r], scores, p);
+      } else {
+        lanes_of[r] = exponentials(scores, seen[r], shift, power_, p);
+      }
+      for (int64_t j = round_up(seen[r], kWidth); j < round_up(n, kWidth); j += kWidth) {
+        store(p + j, zero());
       }
     }
+    fold_rows(lanes_of, count, of_row, [](Vec a, Vec b) { return a + b; });
+    for (int64_t r = 0; r < count; ++r) states_[i + r].total += of_row[r];
     const Lane* p = kInPlace ? reinterpret_cast<const Lane*>(scores_) : probabilities_;
     multiply_strip<D>(count, dim_, lanes<D>(n), {p, scores_ld_, 1},
                       values_ + key / D::kPerLane * kTileCols, value_panel_, out_ + i * padded_dim_,
                       padded_dim_, key > 0);
   }
 
-  void drop_row(const Sequence& s, int64_t head, int64_t i, int64_t key, int64_t n, float* p) {
+  // `to` may be where the n probabilities are.
+  void drop_row(const Sequence& s, int64_t head, int64_t i, int64_t key, int64_t n,
+                const float* probabilities, Probability* to) {
     const uint16_t* draws = attention_draws(p_, s, head, i, key, n, draws_);
     for (int64_t j = 0; j < n; j += kWidth) {
-      store(p + j, drop(load(p + j), draws + j, p_.dropout.threshold, 1.0f));
+      store(to + j, drop(load(probabilities + j), draws + j, p_.dropout.threshold, 1.0f));
     }
   }
 

@@ -11,22 +11,6 @@ namespace ft::FT_ISA {
 // Up to here it is faster than packing (measured on Zen 5).
 inline constexpr int64_t kFewRows = 16;
 
-// Lane i of the result is the sum of the lanes of v[i].
-template <int kStep = 1>
-FT_INLINE Vec sums(UVec (&v)[kWidth / kStep]) {
-  if constexpr (kStep == kWidth) {
-    return as<Vec>(v[0]);
-  } else {
-    UVec half[kWidth / kStep / 2];
-#pragma GCC unroll 8
-    for (int i = 0; i < kWidth / kStep / 2; ++i) {
-      swap_blocks<kStep>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, kWidth>());
-      half[i] = as<UVec>(as<Vec>(v[2 * i]) + as<Vec>(v[2 * i + 1]));
-    }
-    return sums<2 * kStep>(half);
-  }
-}
-
 template <typename D>
 FT_INLINE auto as_lanes(UVec v) {
   return as<decltype(D::load_lanes(nullptr))>(v);
@@ -76,7 +60,7 @@ FT_INLINE void dot_tile(const typename D::Lane* x, int64_t x_ld, const T* const*
 #pragma GCC unroll 16
   for (int i = 0; i < kWidth; ++i) bits[i] = as<UVec>(acc[i]);
   float total[kWidth];
-  store(total, sums(bits));
+  store(total, fold_each(bits, [](Vec a, Vec b) { return a + b; }));
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
     std::memcpy(c + r * ldc, total + r * kCols, kCols * sizeof(float));

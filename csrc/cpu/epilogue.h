@@ -13,6 +13,21 @@ namespace ft::FT_ISA {
 template <typename T>
 using Kept = std::conditional_t<Dot<T>::kPerLane == 2, T, float>;
 
+// A row of a tile: `make(j, left)` is its vector at column j, with `left` columns to come. One
+// branch for all of a row, so that a whole one stays in registers.
+template <typename T, typename Make>
+FT_INLINE void store_row(T* to, int64_t cols, const Make& make) {
+  if (cols == kTileCols) {
+    Vec v[kTileVecs];
+#pragma GCC unroll 4
+    for (int i = 0; i < kTileVecs; ++i) v[i] = make(i * kWidth, int64_t{kWidth});
+#pragma GCC unroll 4
+    for (int i = 0; i < kTileVecs; i += 2) store_pair(to + i * kWidth, v[i], v[i + 1]);
+  } else {
+    for (int64_t j = 0; j < cols; j += kWidth) store(to + j, make(j, cols - j), cols - j);
+  }
+}
+
 // The draws of a tile's elements: column = feature, row = row of x, of which the chunk at hand
 // starts at `first_row`.
 class TileDraws {
@@ -60,14 +75,12 @@ struct Activated {
     const int64_t pre_stride = pre.stride[0], stride = out.stride[0];
     const float* c = tile.c;
     for (int64_t r = 0; r < tile.rows; ++r, c += tile.ldc, to += stride) {
-      for (int64_t j = 0; j < tile.cols; j += kWidth) {
-        const int64_t left = tile.cols - j;
+      store_row(to, tile.cols, [&](int64_t j, int64_t left) __attribute__((always_inline)) {
         const Vec v = b ? load(c + j) + load(b + j, left) : load(c + j);
         if (has_pre) store(to_pre + r * pre_stride + j, v, left);
-        Vec h = activate<kActivation, T>(v);
-        if (drops) h = draws.drop(h, r, j);
-        store(to + j, h, left);
-      }
+        const Vec h = activate<kActivation, T>(v);
+        return drops ? draws.drop(h, r, j) : h;
+      });
     }
   }
 };
@@ -121,9 +134,9 @@ struct Stored {
   void operator()(const Tile& t) const {
     for (int64_t r = 0; r < t.rows; ++r) {
       T* to = mutable_row<T>(out, t.row + r) + t.col;
-      for (int64_t j = 0; j < t.cols; j += kWidth) {
-        store(to + j, load(t.c + r * t.ldc + j), t.cols - j);
-      }
+      const float* c = t.c + r * t.ldc;
+      store_row(to, t.cols,
+                [&](int64_t j, int64_t) __attribute__((always_inline)) { return load(c + j); });
     }
   }
 };

@@ -102,11 +102,19 @@ struct Tiles {
   static const TileTable<D> table;  // gemm.cpp
 };
 
+// Other work, a piece a call. The matrix unit leaves the rest of a core idle: it is called once for
+// every kMatrixStep lanes of kMatrixCols columns.
+struct Meanwhile {
+  void* context = nullptr;
+  void (*some)(void* context) = nullptr;
+};
+inline constexpr int64_t kMatrixStep = 16, kMatrixCols = 32;
+
 // The same in AMX's matrix unit, a whole strip at a time; A's k_stride is 1. Whoever calls it holds
 // a MatrixUnit, which gives the unit back at the end of a thread's work.
 void multiply_strip_amx(int64_t rows, int64_t cols, int64_t k, const LanesA<uint32_t>& a,
                         const uint32_t* b, int64_t panel_stride, float* c, int64_t ldc,
-                        bool accumulate);  // gemm_amx.cpp
+                        bool accumulate, const Meanwhile& meanwhile);  // gemm_amx.cpp
 // `steps` times four products of tile registers, for peak.cpp: kStepFlops each time.
 inline constexpr double kStepFlops = 4 * 2.0 * 16 * 16 * 32;
 void multiply_registers_amx(int64_t steps);
@@ -118,13 +126,14 @@ struct MatrixUnit {
 
 // A strip: `rows` <= D::kTileRows rows of A against `cols` columns in panels that lie
 // `panel_stride` lanes apart; C is written in whole vectors, so its rows must have room up to the
-// next kWidth. `b` points at the first k of the first panel.
+// next kWidth. `b` points at the first k of the first panel. `meanwhile` is for the matrix unit; it
+// may be called any number of times, or not at all.
 template <typename D>
 FT_INLINE void multiply_strip(int64_t rows, int64_t cols, int64_t k, LanesA<typename D::Lane> a,
                               const typename D::Lane* b, int64_t panel_stride, float* c,
-                              int64_t ldc, bool accumulate) {
+                              int64_t ldc, bool accumulate, const Meanwhile& meanwhile = {}) {
   if constexpr (D::kInMatrixUnit) {
-    return multiply_strip_amx(rows, cols, k, a, b, panel_stride, c, ldc, accumulate);
+    return multiply_strip_amx(rows, cols, k, a, b, panel_stride, c, ldc, accumulate, meanwhile);
   } else {
     const auto& tiles = Tiles<D>::table.at[rows - 1];
     for (int64_t n = 0; n < cols; n += kTileCols, b += panel_stride) {

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kRows = 16;   // of a tile register
 constexpr int kLanes = 16;  // 64 bytes, of a tile register's row
+static_assert(kLanes == kMatrixStep && 2 * kLanes == kMatrixCols);
 static_assert(kTileCols % kLanes == 0 && BFloat16Dot::kTileRows == 2 * kRows);
 
 // C00 C01 C10 C11, A0 A1, B0 B1. The intrinsics want literal numbers.
@@ -99,7 +100,7 @@ struct alignas(64) Tail {
 
 template <bool kTwoRows, bool kTwoCols>
 void block(int64_t k, const LanesA<uint32_t>& a, const uint32_t* b, Tail& tail, float* c,
-           int64_t ldc, bool accumulate) {
+           int64_t ldc, bool accumulate, const Meanwhile& meanwhile) {
   float* c1 = c + kRows * ldc;
   if (accumulate) {
     _tile_loadd(FT_C00, c, 4 * ldc);
@@ -116,6 +117,7 @@ void block(int64_t k, const LanesA<uint32_t>& a, const uint32_t* b, Tail& tail, 
   int64_t l = 0;
   for (; l + kLanes <= k; l += kLanes) {
     step<kTwoRows, kTwoCols>(a0 + l, a1 + l, a.row_stride, b + l * kTileCols, kTileCols);
+    if (meanwhile.some) meanwhile.some(meanwhile.context);
   }
   if (l < k) {
     tail.take_b(b + l * kTileCols, k - l, kTwoCols ? 2 * kLanes : kLanes);
@@ -147,16 +149,16 @@ void multiply_registers_amx(int64_t steps) {
 
 void multiply_strip_amx(int64_t rows, int64_t cols, int64_t k, const LanesA<uint32_t>& a,
                         const uint32_t* b, int64_t panel_stride, float* c, int64_t ldc,
-                        bool accumulate) {
+                        bool accumulate, const Meanwhile& meanwhile) {
   configure(rows);
   Tail tail;
   if (const int64_t last = k % kLanes) tail.take_a(a, rows, k - last, last);
   for (int64_t n = 0; n < cols; n += kTileCols, b += panel_stride) {
-    for (int64_t v = 0; v < kTileCols && n + v < cols; v += 2 * kLanes) {
+    for (int64_t v = 0; v < kTileCols && n + v < cols; v += kMatrixCols) {
       const bool two_cols = n + v + kLanes < cols;
       const auto run = rows > kRows ? (two_cols ? block<true, true> : block<true, false>)
                                     : (two_cols ? block<false, true> : block<false, false>);
-      run(k, a, b + v, tail, c + n + v, ldc, accumulate);
+      run(k, a, b + v, tail, c + n + v, ldc, accumulate, meanwhile);
     }
   }
 }

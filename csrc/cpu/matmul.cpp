@@ -8,137 +8,188 @@
 namespace ft::FT_ISA {
 namespace {
 
-// Lanes of a block of k: about equal ones, whole vectors. In registers a panel of them stays in L2.
-// In the matrix unit it stays in L1, unless one block is all: then C never leaves the tiles.
+// Lanes of a block of k: about equal ones, whole vectors.
 template <typename D>
 constexpr int64_t block_lanes(int64_t depth) {
   constexpr int64_t kWhole = D::kInMatrixUnit ? kSumLanes / 2 : kSumLanes;
-  constexpr int64_t kMost = D::kInMatrixUnit ? kSumLanes / 3 : kSumLanes;
   if (depth <= kWhole) return depth;
-  return round_up(ceil_div(depth, ceil_div(depth, kMost)), 16);
+  return round_up(ceil_div(depth, ceil_div(depth, kWhole)), 16);
 }
 
-// Of A that is packed at a time; its kSumLanes columns stay in L2 while all panels pass. Whole
-// tiles of either height.
-constexpr int64_t kPackedRows = 96;
+// How C is cut. A unit of work is so many rows times so many panels of columns. Strip after strip
+// of its rows meets all its panels, so a block of A is read once and stays in L1 meanwhile, a block
+// of the panels stays in L2, and C of several blocks of k beside it.
+template <typename D>
+struct Plan {
+  static constexpr int64_t kRows = 192;  // whole tiles of either height
+  static constexpr int64_t kPanelBytes = int64_t{384} << 10;
+  static constexpr int64_t kUnitsPerThread = 4;
 
-// What a unit of work computes: so many rows of C times so many panels of columns.
-struct Unit {
-  int64_t rows, panels;
+  int64_t depth, block;  // lanes of k: all, and of a block
+  int64_t rows, panels;  // of a unit
+  int64_t row_units;
+
+  Plan(const Size& size, int64_t threads) : depth(lanes<D>(size.k)), block(block_lanes<D>(depth)) {
+    const int64_t panel_bytes = block * kTileCols * static_cast<int64_t>(sizeof(typename D::Lane));
+    const int64_t columns = FT_ISA::panels(size.n);
+    panels = std::clamp<int64_t>(kPanelBytes / std::max<int64_t>(1, panel_bytes), 1, columns);
+    rows = kRows;
+    const int64_t wanted = threads > 1 ? kUnitsPerThread * threads : 1;
+    // Fewer columns a unit first: they cost a look at A, where fewer rows cost a look at B.
+    const auto units = [&] { return ceil_div(size.m, rows) * ceil_div(columns, panels); };
+    while (panels > 1 && units() < wanted) panels = ceil_div(panels, 2);
+    while (rows > 2 * D::kTileRows && units() < wanted) rows = round_up(rows / 2, D::kTileRows);
+    panels = ceil_div(columns, ceil_div(columns, panels));
+    row_units = ceil_div(size.m, rows);
+    rows = round_up(ceil_div(size.m, row_units), D::kTileRows);
+  }
 };
 
-// A panel costs its packing once a unit, about as much as 8 rows: many rows make that small, and C
-// of them (rows x kTileCols floats a panel) still fits beside it in L2. Where A has to be packed
-// too, several panels share that.
-template <typename D>
-Unit choose_unit(const Size& size, const Left<D>& a, int64_t threads) {
-  const int64_t columns = panels(size.n);
-  const Unit most = D::kInMatrixUnit ? Unit{(a.pack ? 8 : 10) * kPackedRows, 4}
-                    : a.pack         ? Unit{2 * kPackedRows, 4}
-                                     : Unit{10 * kPackedRows, 1};
-  constexpr int64_t kUnitsPerThread = 4;
-  const int64_t groups = ceil_div(columns, most.panels);
-  int64_t row_blocks = ceil_div(size.m, most.rows);
-  if (threads > 1) {
-    const int64_t wanted = ceil_div(kUnitsPerThread * threads, groups);
-    row_blocks = std::max(row_blocks, std::min(wanted, ceil_div(size.m, 2 * kPackedRows)));
-  }
-  return {round_up(ceil_div(size.m, row_blocks), D::kTileRows), ceil_div(columns, groups)};
-}
+// Of A that is packed at a time. Whole tiles of either height.
+constexpr int64_t kPackedRows = 96;
 
 template <typename D>
 class Worker {
   using Lane = typename D::Lane;
 
  public:
-  Worker(const Size& size, const Left<D>& a, const Right<D>& b, const Unit& unit,
-         const Finish& finish)
+  // `packed`: all columns of B as panels, one after the other, or null where each belongs to one
+  // unit, which then packs it.
+  Worker(const Size& size, const Left<D>& a, const Right<D>& b, const Plan<D>& plan,
+         const Lane* packed, const Finish& finish)
       : size_(size),
         a_(a),
         b_(b),
+        plan_(plan),
         finish_(finish),
-        depth_(lanes<D>(size.k)),
-        block_(block_lanes<D>(depth_)),
-        ldc_(unit.panels * kTileCols),
-        scratch_(Scratch::bytes<Lane>(packed_lanes()) +
-                 Scratch::bytes<Lane>(unit.panels * block_ * kTileCols) +
-                 Scratch::bytes<float>(c_rows(unit) * ldc_)) {
-    rows_ = scratch_.take<Lane>(packed_lanes());
-    panels_ = scratch_.take<Lane>(unit.panels * block_ * kTileCols);
-    c_ = scratch_.take<float>(c_rows(unit) * ldc_);
+        packed_(packed),
+        once_(plan.block == plan.depth),
+        ldc_(once_ ? kTileCols : plan.panels * kTileCols),
+        scratch_(ScratchSize::of([&](auto& size) { take_all(size); })) {
+    take_all(scratch_);
   }
 
-  void run(int64_t m, int64_t rows, int64_t n, int64_t cols) {
+  // Rows [m, m + rows) times `count` panels from `panel` on.
+  void run(int64_t m, int64_t rows, int64_t panel, int64_t count) {
     int64_t l = 0;
     do {
-      const int64_t left = depth_ - l, k = std::min(left, block_);
-      const int64_t at = l * D::kPerLane, count = std::min(size_.k - at, k * D::kPerLane);
-      b_.pack(b_, n, cols, at, count, panels_);
-      const int64_t step = a_.pack || cols > kTileCols ? kPackedRows : rows;
+      const int64_t left = plan_.depth - l, k = std::min(left, plan_.block);
+      const int64_t at = l * D::kPerLane, elements = std::min(size_.k - at, k * D::kPerLane);
+      const int64_t n = panel * kTileCols, cols = std::min(size_.n - n, count * kTileCols);
+      if (!packed_) b_.pack(b_, n, cols, at, elements, panels_);
+      const Panels b =
+          packed_ ? Panels{packed_ + (panel * plan_.depth + l) * kTileCols, plan_.depth * kTileCols}
+                  : Panels{panels_, k * kTileCols};
+      const int64_t step = a_.pack ? kPackedRows : rows;
       for (int64_t i = 0; i < rows; i += step) {
         const int64_t some = std::min(step, rows - i);
-        if (a_.pack) a_.pack(a_, m + i, some, at, count, rows_);
-        for (int64_t j = 0; j < cols; j += kTileCols) {
-          strips(m, i, some, n, j, std::min<int64_t>(kTileCols, cols - j), l, k, left == k);
+        if (a_.pack) a_.pack(a_, m + i, some, at, elements, rows_);
+        for (int64_t r = 0; r < some; r += D::kTileRows) {
+          const LanesA<Lane> a = !a_.pack    ? a_.in_place(m + i + r, l)
+                                 : a_.strips ? packed_strip<D>(rows_, r, k)
+                                             : LanesA<Lane>{rows_ + r * k, k, 1};
+          strip({m, i + r, std::min<int64_t>(D::kTileRows, some - r)}, n, cols, a, b, k, l > 0,
+                left == k);
         }
       }
       l += k;
-    } while (l < depth_);
+    } while (l < plan_.depth);
     finish_last();
   }
 
  private:
-  // Rows [i, i + some) of the unit times the panel at column j, over k lanes from l on.
-  void strips(int64_t m, int64_t i, int64_t some, int64_t n, int64_t j, int64_t cols, int64_t l,
-              int64_t k, bool last) {
-    // With nothing to be added up later, C of two strips takes turns.
-    const bool once = last && l == 0;
-    for (int64_t r = 0; r < some; r += D::kTileRows) {
-      const int64_t count = std::min<int64_t>(D::kTileRows, some - r);
-      float* c = c_ + (once ? (turn_ ^= D::kTileRows) : i + r) * ldc_ + j;
-      const LanesA<Lane> a = !a_.pack    ? a_.in_place(m + i + r, l)
-                             : a_.strips ? packed_strip<D>(rows_, r, k)
-                                         : LanesA<Lane>{rows_ + r * k, k, 1};
-      multiply_strip<D>(count, cols, k, a, panels_ + j * k, 0, c, ldc_, l > 0);
-      if (last) {
-        finish_last();
-        done_ = {m + i + r, count, n + j, cols, c, ldc_};
+  struct Panels {
+    const Lane* first;
+    int64_t stride;
+  };
+  struct Rows {
+    int64_t first, at, count;  // of the unit, in the unit, and how many
+  };
+
+  void strip(const Rows& rows, int64_t n, int64_t cols, const LanesA<Lane>& a, Panels b, int64_t k,
+             bool accumulate, bool last) {
+    const Meanwhile meanwhile{this, [](void* self) { static_cast<Worker*>(self)->finish_rows(); }};
+    for (int64_t j = 0; j < cols; j += kTileCols, b.first += b.stride) {
+      const int64_t some = std::min<int64_t>(kTileCols, cols - j);
+      // With nothing to be added up later, C of two tiles takes turns.
+      float* c = c_ + (once_ ? (turn_ ^= D::kTileRows) * kTileCols : rows.at * ldc_ + j);
+      if constexpr (D::kInMatrixUnit) {
+        rows_a_step_ = ceil_div(
+            done_.rows, std::max<int64_t>(1, k / kMatrixStep) * ceil_div(some, kMatrixCols));
+        multiply_strip<D>(rows.count, some, k, a, b.first, 0, c, ldc_, accumulate, meanwhile);
+      } else {
+        multiply_strip<D>(rows.count, some, k, a, b.first, 0, c, ldc_, accumulate);
       }
+      if (!last) continue;
+      finish_last();
+      done_ = {rows.first + rows.at, rows.count, n + j, some, c, ldc_};
     }
   }
   // What finishes a tile waits for its last sums, and would keep the processor from looking ahead
-  // to the next tile. So it runs behind that.
+  // to the next tile. So it runs behind that; beside it where that leaves the core idle.
+  void finish_rows() {
+    if (done_.rows == 0) return;
+    const int64_t count = std::min(rows_a_step_, done_.rows);
+    finish_.call(finish_.context, {done_.row, count, done_.col, done_.cols, done_.c, done_.ldc});
+    done_.row += count;
+    done_.rows -= count;
+    done_.c += count * done_.ldc;
+  }
   void finish_last() {
     if (done_.rows > 0) finish_.call(finish_.context, done_);
     done_.rows = 0;
   }
-  int64_t c_rows(const Unit& unit) const { return std::max<int64_t>(unit.rows, 2 * D::kTileRows); }
-  size_t packed_lanes() const { return a_.pack ? packed_columns<D>(kPackedRows, block_) : 0; }
+  template <typename From>
+  void take_all(From& from) {
+    if (a_.pack) rows_ = from.template take<Lane>(packed_columns<D>(kPackedRows, plan_.block));
+    if (!packed_) panels_ = from.template take<Lane>(plan_.panels * plan_.block * kTileCols);
+    c_ = from.template take<float>((once_ ? 2 * D::kTileRows : plan_.rows) * ldc_);
+  }
 
   const Size& size_;
   const Left<D>& a_;
   const Right<D>& b_;
+  const Plan<D>& plan_;
   const Finish& finish_;
-  const int64_t depth_, block_, ldc_;
+  const Lane* const packed_;
+  const bool once_;
+  const int64_t ldc_;
   Scratch scratch_;
-  Lane *rows_, *panels_;
+  Lane *rows_ = nullptr, *panels_ = nullptr;
   float* c_;
   MatrixUnit matrix_unit_;
-  int64_t turn_ = 0;
+  int64_t turn_ = 0, rows_a_step_ = 0;
   Tile done_{};
 };
+
+// All panels of B, in the caller's scratch.
+template <typename D>
+void pack_panels(const Parallel& parallel, const Size& size, const Right<D>& b, int64_t depth,
+                 typename D::Lane* to) {
+  for_units(parallel, panels(size.n), [&](Units& units) {
+    for (int64_t i; units.next(i);) {
+      const int64_t n = i * kTileCols;
+      b.pack(b, n, std::min<int64_t>(kTileCols, size.n - n), 0, size.k, to + n * depth);
+    }
+  });
+}
 
 template <typename D>
 void by_units(const Parallel& parallel, const Size& size, const Left<D>& a, const Right<D>& b,
               const Finish& finish) {
-  const Unit unit = choose_unit(size, a, parallel.threads);
-  const int64_t row_blocks = ceil_div(size.m, unit.rows);
-  const int64_t unit_cols = unit.panels * kTileCols, groups = ceil_div(size.n, unit_cols);
-  for_units(parallel, row_blocks * groups, [&](Units& units) {
-    Worker<D> worker(size, a, b, unit, finish);
+  using Lane = typename D::Lane;
+  const Plan<D> plan(size, parallel.threads);
+  // Panels that several units need are packed once, ahead.
+  const bool ahead = plan.row_units > 1;
+  const int64_t columns = panels(size.n), groups = ceil_div(columns, plan.panels);
+  Scratch scratch(Scratch::bytes<Lane>(ahead ? columns * plan.depth * kTileCols : 0));
+  Lane* packed = ahead ? scratch.take<Lane>(columns * plan.depth * kTileCols) : nullptr;
+  if (ahead) pack_panels(parallel, size, b, plan.depth, packed);
+  for_units(parallel, plan.row_units * groups, [&](Units& units) {
+    Worker<D> worker(size, a, b, plan, packed, finish);
     for (int64_t i; units.next(i);) {
-      const int64_t m = i % row_blocks * unit.rows, n = i / row_blocks * unit_cols;
-      worker.run(m, std::min(unit.rows, size.m - m), n, std::min(unit_cols, size.n - n));
+      const int64_t m = i / groups * plan.rows, panel = i % groups * plan.panels;
+      worker.run(m, std::min(plan.rows, size.m - m), panel, std::min(plan.panels, columns - panel));
     }
   });
 }

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "gemm.h"
+#include "transpose.h"
 
 namespace ft::FT_ISA {
 
@@ -31,25 +32,6 @@ FT_INLINE UVec load_row_lanes(const T* p, int64_t left) {
     if (left > 0) std::memcpy(&v, p, left * sizeof(T));
     return v;
   }
-}
-
-// One butterfly of a register transpose: swaps the off-diagonal kStep x kStep blocks.
-template <int kStep, int... kLane>
-FT_INLINE void swap_blocks(UVec& a, UVec& b, std::integer_sequence<int, kLane...>) {
-  const UVec low =
-      __builtin_shufflevector(a, b, ((kLane & kStep) ? kWidth + kLane - kStep : kLane)...);
-  b = __builtin_shufflevector(a, b, ((kLane & kStep) ? kWidth + kLane : kLane + kStep)...);
-  a = low;
-}
-template <int kStep = kWidth / 2>
-FT_INLINE void transpose(UVec (&r)[kWidth]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kWidth; ++i) {
-    if (!(i & kStep)) {
-      swap_blocks<kStep>(r[i], r[i + kStep], std::make_integer_sequence<int, kWidth>());
-    }
-  }
-  if constexpr (kStep > 1) transpose<kStep / 2>(r);
 }
 
 // B from rows that are contiguous along k: src[n * ld + k] -> panels of n. This is Kᵀ of attention

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../common/types.h"
 
@@ -218,6 +219,18 @@ FT_INLINE Vec load(const T* p) {
 template <typename T>
 FT_INLINE void store(T* p, Vec v) {
   store_bits(p, from_float(v, T{}));
+}
+
+// Two neighbours: as one whole cache line, where 16-bit elements would make two stores of it.
+template <typename T>
+FT_INLINE void store_pair(T* p, Vec low, Vec high) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    return store_bits(p, _mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+  }
+#endif
+  store(p, low);
+  store(p + kWidth, high);
 }
 
 // The first n elements (0 <= n <= kWidth): memory beyond them is neither read nor written, lanes

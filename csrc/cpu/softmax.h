@@ -2,7 +2,7 @@
 //
 // A row is met one block of keys at a time. With x = factor * score in the log2 domain, a row's
 // state holds the largest score m and the sum of 2^(x - factor * m) over the keys met so far. When
-// a block raises m, what was gathered before is scaled down by `rescale`. The exponent is computed
+// a block raises m, what was gathered before is scaled down by `meet`. The exponent is computed
 // as factor * (score - m), which is exactly 0 for the largest however huge it is.
 #pragma once
 #include "simd.h"
@@ -15,6 +15,18 @@ struct SoftmaxState {
 
   // What is subtracted from a score: 0 while nothing was met, since -inf - -inf is NaN.
   float shift() const { return maximum == -INFINITY ? 0.0f : maximum; }
+  // Meets a block whose largest score is `top`. Returns what all that was gathered before must be
+  // multiplied by: 1 almost always.
+  float meet(float top, double factor) {
+    if (!(top > maximum)) return 1.0f;
+    // nothing was met before a first block, also where factor is 0
+    const float rescale = maximum == -INFINITY
+                              ? 0.0f
+                              : static_cast<float>(std::exp2((double{maximum} - top) * factor));
+    maximum = top;
+    total *= rescale;
+    return rescale;
+  }
   // Natural logarithm of the sum of exponentials; -inf where no key was met.
   float logsumexp(double factor) const {
     if (total == 0.0f) return -INFINITY;
@@ -56,54 +68,40 @@ struct Power {
   }
 };
 
-// Turns the first n scores into 2^(factor * (score - maximum)); the rest, up to the next kWidth,
-// into zeros. Returns what the gathered output must be multiplied by: 1 almost always.
-template <int kDegree>
-FT_INLINE float softmax_block(float* scores, int64_t n, double factor, const Power<kDegree>& power,
-                              SoftmaxState& state) {
-  const int64_t whole = n / kWidth * kWidth;
-  const IVec tail = lanes_below(n - whole);
+// The largest of the first n scores, lane by lane.
+FT_INLINE Vec largest(const float* scores, int64_t n) {
   Vec top = broadcast(-INFINITY), top2 = top;
   int64_t j = 0;
-  for (; j + 2 * kWidth <= whole; j += 2 * kWidth) {
+  for (; j + 2 * kWidth <= n; j += 2 * kWidth) {
     top = max(top, load(scores + j));
     top2 = max(top2, load(scores + j + kWidth));
   }
-  for (; j < whole; j += kWidth) top = max(top, load(scores + j));
-  if (whole < n) top = max(top, select(tail, load(scores + whole), broadcast(-INFINITY)));
-  const float block_max = max_of(max(top, top2));
-
-  float rescale = 1.0f;
-  if (block_max > state.maximum) {
-    // nothing was met before a first block, also where factor is 0
-    rescale = state.maximum == -INFINITY
-                  ? 0.0f
-                  : static_cast<float>(std::exp2((double{state.maximum} - block_max) * factor));
-    state.maximum = block_max;
-    state.total *= rescale;
+  for (; j < n; j += kWidth) {
+    top = max(top, select(lanes_below(n - j), load(scores + j), broadcast(-INFINITY)));
   }
-  const Vec shift = broadcast(state.shift());
+  return max(top, top2);
+}
+
+// to[j] = 2^(factor * (scores[j] - shift)) for j < n, and zeros up to the next kWidth. `to` may be
+// `scores`. Returns the sum, lane by lane.
+template <int kDegree, typename T>
+FT_INLINE Vec exponentials(const float* scores, int64_t n, float shift, const Power<kDegree>& power,
+                           T* to) {
+  const Vec s = broadcast(shift);
   Vec total = zero(), total2 = zero();
-  for (j = 0; j + 2 * kWidth <= whole; j += 2 * kWidth) {
-    const Vec p = power(load(scores + j) - shift);
-    const Vec p2 = power(load(scores + j + kWidth) - shift);
-    store(scores + j, p);
-    store(scores + j + kWidth, p2);
+  int64_t j = 0;
+  for (; j + 2 * kWidth <= n; j += 2 * kWidth) {
+    const Vec p = power(load(scores + j) - s), p2 = power(load(scores + j + kWidth) - s);
+    store_pair(to + j, p, p2);
     total = total + p;
     total2 = total2 + p2;
   }
-  for (; j < whole; j += kWidth) {
-    const Vec p = power(load(scores + j) - shift);
-    store(scores + j, p);
+  for (; j < n; j += kWidth) {
+    const Vec p = select(lanes_below(n - j), power(load(scores + j) - s), zero());
+    store(to + j, p);
     total = total + p;
   }
-  if (whole < n) {
-    const Vec p = select(tail, power(load(scores + whole) - shift), zero());
-    store(scores + whole, p);
-    total = total + p;
-  }
-  state.total += sum(total + total2);
-  return rescale;
+  return total + total2;
 }
 
 }  // namespace ft::FT_ISA
