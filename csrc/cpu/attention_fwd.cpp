@@ -188,23 +188,28 @@ class Worker {
 template <typename T>
 void attend(const AttentionParams& p, const Parallel& parallel) {
   const Longest longest(p);
-  // One unit packs a head's keys once. Where there are too few heads to keep all threads busy, the
-  // rows of a head are cut in pieces, and each packs the keys again.
+  // A unit packs a head's keys once, and takes neighbouring heads in turn: their rows share cache
+  // lines and pages. Where there are too few heads to keep all threads busy, the rows of a head are
+  // cut in pieces, and each packs the keys again.
   constexpr int64_t kUnitsPerThread = 4;
+  const int64_t wanted = parallel.threads == 1 ? 1 : kUnitsPerThread * parallel.threads;
   const int64_t row_blocks =
       ceil_div(longest.queries, ForwardBlocks::of<Dot<T>>(p.head_dim).queries);
   const int64_t heads = p.batch * p.heads;
-  const int64_t wanted = parallel.threads == 1 ? 1 : kUnitsPerThread * parallel.threads;
-  const int64_t pieces =
-      heads >= wanted || heads == 0 ? 1 : std::min(row_blocks, ceil_div(wanted, heads));
-  if (pieces == 0) return;
+  if (heads == 0 || row_blocks == 0) return;
+  const int64_t pieces = heads >= wanted ? 1 : std::min(row_blocks, ceil_div(wanted, heads));
   const int64_t blocks_each = ceil_div(row_blocks, pieces);
-  for_units(parallel, heads * pieces, [&](Units& units) {
+  const int64_t heads_each = std::clamp<int64_t>(heads / wanted, 1, p.heads);
+  const int64_t groups = ceil_div(p.heads, heads_each);
+  for_units(parallel, p.batch * groups * pieces, [&](Units& units) {
     Worker<T> worker(p, longest);
     for (int64_t unit; units.next(unit);) {
-      const int64_t piece = unit % pieces, head = unit / pieces % p.heads;
-      const Sequence s(p, unit / pieces / p.heads);
-      worker.run(s, head, piece * blocks_each, (piece + 1) * blocks_each);
+      const int64_t piece = unit % pieces, group = unit / pieces % groups;
+      const Sequence s(p, unit / pieces / groups);
+      const int64_t end = std::min(p.heads, (group + 1) * heads_each);
+      for (int64_t head = group * heads_each; head < end; ++head) {
+        worker.run(s, head, piece * blocks_each, (piece + 1) * blocks_each);
+      }
     }
   });
 }

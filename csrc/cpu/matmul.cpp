@@ -26,8 +26,8 @@ struct Plan {
   static constexpr int64_t kUnitsPerThread = 4;
 
   int64_t depth, block;  // lanes of k: all, and of a block
-  int64_t rows, panels;  // of a unit
-  int64_t row_units;
+  int64_t rows, panels;  // of a unit, at most
+  int64_t strips, row_units;
 
   Plan(const Size& size, int64_t threads) : depth(lanes<D>(size.k)), block(block_lanes<D>(depth)) {
     const int64_t panel_bytes = block * kTileCols * static_cast<int64_t>(sizeof(typename D::Lane));
@@ -39,10 +39,18 @@ struct Plan {
     const auto units = [&] { return ceil_div(size.m, rows) * ceil_div(columns, panels); };
     while (panels > 1 && units() < wanted) panels = ceil_div(panels, 2);
     while (rows > 2 * D::kTileRows && units() < wanted) rows = round_up(rows / 2, D::kTileRows);
-    panels = ceil_div(columns, ceil_div(columns, panels));
+    const int64_t groups = ceil_div(columns, panels);
+    panels = ceil_div(columns, groups);
+    // About equal units, and as many for each thread.
+    strips = ceil_div(size.m, D::kTileRows);
     row_units = ceil_div(size.m, rows);
-    rows = round_up(ceil_div(size.m, row_units), D::kTileRows);
+    if (row_units * groups % threads != 0 && row_units > 1) {
+      row_units = std::min(round_up(row_units, threads), strips);
+    }
+    rows = ceil_div(strips, row_units) * D::kTileRows;
   }
+  // The first row of a unit.
+  int64_t row(int64_t unit) const { return unit * strips / row_units * D::kTileRows; }
 };
 
 // Of A that is packed at a time. Whole tiles of either height.
@@ -53,16 +61,17 @@ class Worker {
   using Lane = typename D::Lane;
 
  public:
-  // `packed`: all columns of B as panels, one after the other, or null where each belongs to one
-  // unit, which then packs it.
+  // `packed`: B's panels from `first_packed` on, one after the other, or null where each belongs to
+  // one unit, which then packs it.
   Worker(const Size& size, const Left<D>& a, const Right<D>& b, const Plan<D>& plan,
-         const Lane* packed, const Finish& finish)
+         const Lane* packed, int64_t first_packed, const Finish& finish)
       : size_(size),
         a_(a),
         b_(b),
         plan_(plan),
         finish_(finish),
         packed_(packed),
+        first_packed_(first_packed),
         once_(plan.block == plan.depth),
         ldc_(once_ ? kTileCols : plan.panels * kTileCols),
         scratch_(ScratchSize::of([&](auto& size) { take_all(size); })) {
@@ -78,7 +87,8 @@ class Worker {
       const int64_t n = panel * kTileCols, cols = std::min(size_.n - n, count * kTileCols);
       if (!packed_) b_.pack(b_, n, cols, at, elements, panels_);
       const Panels b =
-          packed_ ? Panels{packed_ + (panel * plan_.depth + l) * kTileCols, plan_.depth * kTileCols}
+          packed_ ? Panels{packed_ + ((panel - first_packed_) * plan_.depth + l) * kTileCols,
+                           plan_.depth * kTileCols}
                   : Panels{panels_, k * kTileCols};
       const int64_t step = a_.pack ? kPackedRows : rows;
       for (int64_t i = 0; i < rows; i += step) {
@@ -113,13 +123,9 @@ class Worker {
       const int64_t some = std::min<int64_t>(kTileCols, cols - j);
       // With nothing to be added up later, C of two tiles takes turns.
       float* c = c_ + (once_ ? (turn_ ^= D::kTileRows) * kTileCols : rows.at * ldc_ + j);
-      if constexpr (D::kInMatrixUnit) {
-        rows_a_step_ = ceil_div(
-            done_.rows, std::max<int64_t>(1, k / kMatrixStep) * ceil_div(some, kMatrixCols));
-        multiply_strip<D>(rows.count, some, k, a, b.first, 0, c, ldc_, accumulate, meanwhile);
-      } else {
-        multiply_strip<D>(rows.count, some, k, a, b.first, 0, c, ldc_, accumulate);
-      }
+      const int64_t steps = std::max<int64_t>(1, k / kMatrixStep) * ceil_div(some, kMatrixCols);
+      rows_a_step_ = ceil_div(done_.rows, steps);
+      multiply_strip<D>(rows.count, some, k, a, b.first, 0, c, ldc_, accumulate, meanwhile);
       if (!last) continue;
       finish_last();
       done_ = {rows.first + rows.at, rows.count, n + j, some, c, ldc_};
@@ -152,6 +158,7 @@ class Worker {
   const Plan<D>& plan_;
   const Finish& finish_;
   const Lane* const packed_;
+  const int64_t first_packed_;
   const bool once_;
   const int64_t ldc_;
   Scratch scratch_;
@@ -162,36 +169,56 @@ class Worker {
   Tile done_{};
 };
 
-// All panels of B, in the caller's scratch.
+// Columns [first, first + n) of B, a multiple of kTileCols from 0 on.
 template <typename D>
-void pack_panels(const Parallel& parallel, const Size& size, const Right<D>& b, int64_t depth,
+void pack_panels(const Parallel& parallel, const Right<D>& b, int64_t first, int64_t n, int64_t k,
                  typename D::Lane* to) {
-  for_units(parallel, panels(size.n), [&](Units& units) {
+  for_units(parallel, panels(n), [&](Units& units) {
     for (int64_t i; units.next(i);) {
-      const int64_t n = i * kTileCols;
-      b.pack(b, n, std::min<int64_t>(kTileCols, size.n - n), 0, size.k, to + n * depth);
+      const int64_t at = i * kTileCols;
+      b.pack(b, first + at, std::min<int64_t>(kTileCols, n - at), 0, k, to + i * panel_size<D>(k));
+    }
+  });
+}
+
+// Columns [first, first + n) of C; `packed` is B's first panel of them.
+template <typename D>
+void by_units(const Parallel& parallel, const Plan<D>& plan, const Size& size, const Left<D>& a,
+              const Right<D>& b, int64_t first, int64_t n, const typename D::Lane* packed,
+              const Finish& finish) {
+  const int64_t columns = panels(n), groups = ceil_div(columns, plan.panels);
+  for_units(parallel, plan.row_units * groups, [&](Units& units) {
+    Worker<D> worker(size, a, b, plan, packed, first / kTileCols, finish);
+    for (int64_t i; units.next(i);) {
+      const int64_t unit = i / groups, m = plan.row(unit), panel = i % groups * plan.panels;
+      worker.run(m, std::min(plan.row(unit + 1), size.m) - m, first / kTileCols + panel,
+                 std::min(plan.panels, columns - panel));
     }
   });
 }
 
 template <typename D>
-void by_units(const Parallel& parallel, const Size& size, const Left<D>& a, const Right<D>& b,
-              const Finish& finish) {
+void many_rows(const Parallel& parallel, const Size& size, const Left<D>& a, const Right<D>& b,
+               const Finish& finish) {
   using Lane = typename D::Lane;
   const Plan<D> plan(size, parallel.threads);
-  // Panels that several units need are packed once, ahead.
-  const bool ahead = plan.row_units > 1;
-  const int64_t columns = panels(size.n), groups = ceil_div(columns, plan.panels);
-  Scratch scratch(Scratch::bytes<Lane>(ahead ? columns * plan.depth * kTileCols : 0));
-  Lane* packed = ahead ? scratch.take<Lane>(columns * plan.depth * kTileCols) : nullptr;
-  if (ahead) pack_panels(parallel, size, b, plan.depth, packed);
-  for_units(parallel, plan.row_units * groups, [&](Units& units) {
-    Worker<D> worker(size, a, b, plan, packed, finish);
-    for (int64_t i; units.next(i);) {
-      const int64_t m = i / groups * plan.rows, panel = i % groups * plan.panels;
-      worker.run(m, std::min(plan.rows, size.m - m), panel, std::min(plan.panels, columns - panel));
-    }
-  });
+  if (b.panels) return by_units(parallel, plan, size, a, b, 0, size.n, b.panels, finish);
+  const int64_t group = plan.panels * plan.depth * kTileCols * static_cast<int64_t>(sizeof(Lane));
+  // Where each panel belongs to one unit, or a sum is very long, units pack a block of k at a time.
+  if (plan.row_units == 1 || group > kPackedBytes) {
+    return by_units(parallel, plan, size, a, b, 0, size.n, nullptr, finish);
+  }
+  // Panels that several units need are packed once, ahead; a part of a large B at a time.
+  const int64_t groups =
+      std::min(kPackedBytes / std::max<int64_t>(1, group), ceil_div(panels(size.n), plan.panels));
+  const int64_t each = groups * plan.panels * kTileCols;
+  Scratch scratch(Scratch::bytes<Lane>(each * plan.depth));
+  Lane* packed = scratch.take<Lane>(each * plan.depth);
+  for (int64_t n = 0; n < size.n; n += each) {
+    const int64_t cols = std::min(each, size.n - n);
+    pack_panels(parallel, b, n, cols, size.k, packed);
+    by_units(parallel, plan, size, a, b, n, cols, packed, finish);
+  }
 }
 
 // Products below this take less time than waking a thread.
@@ -235,13 +262,27 @@ void matmul(const Parallel& parallel, const Size& size, const Left<D>& a, const 
   if (size.m <= kFewRows && b.dots && !a.strips && size.k > 0) {
     few_rows(parallel, size, a, b, finish);
   } else {
-    by_units(parallel, size, a, b, finish);
+    many_rows(parallel, size, a, b, finish);
   }
+}
+
+template <typename D>
+Packed<D>::Packed(const Parallel& parallel, const Right<D>& b, int64_t n, int64_t k, int64_t m,
+                  int64_t products)
+    : b_(b),
+      lanes_(products > 1 && m > kFewRows ? panels(n) * panel_size<D>(k) : 0),
+      scratch_(Scratch::bytes<Lane>(lanes_ <= kMost ? lanes_ : 0)) {
+  if (lanes_ == 0 || lanes_ > kMost) return;
+  Lane* to = scratch_.template take<Lane>(lanes_);
+  pack_panels(parallel, b, 0, n, k, to);
+  b_.panels = to;
 }
 
 template void matmul(const Parallel&, const Size&, const Left<FloatDot>&, const Right<FloatDot>&,
                      const Finish&);
+template class Packed<FloatDot>;
 #if defined(__AVX512BF16__)
+template class Packed<BFloat16Dot>;
 template void matmul(const Parallel&, const Size&, const Left<BFloat16Dot>&,
                      const Right<BFloat16Dot>&, const Finish&);
 #endif

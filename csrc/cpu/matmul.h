@@ -10,6 +10,7 @@
 #pragma once
 #include "dots.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace ft::FT_ISA {
 
@@ -43,6 +44,8 @@ struct Right {
   // n.
   void (*dots)(const Right& b, const Lane* x, int64_t x_ld, int64_t rows, int64_t n, int64_t cols,
                int64_t k, float* c);
+  // All of B as panels, where somebody has packed it already: see Packed.
+  const Lane* panels = nullptr;
 };
 
 template <typename D, typename T>
@@ -89,6 +92,28 @@ Right<D> columns_along_n(const RowsView& b) {
           },
           nullptr};
 }
+
+// Of a B that is packed as a whole: a share of the last level of cache, and of the scratch that a
+// thread keeps.
+inline constexpr int64_t kPackedBytes = int64_t{16} << 20;
+
+// B packed once, for several products of `m` rows each. Where that many rows would not be worth it,
+// or B is large, it stays as it is.
+template <typename D>
+class Packed {
+  using Lane = typename D::Lane;
+
+ public:
+  Packed(const Parallel& parallel, const Right<D>& b, int64_t n, int64_t k, int64_t m,
+         int64_t products);
+  const Right<D>& operator*() const { return b_; }
+
+ private:
+  static constexpr int64_t kMost = kPackedBytes / sizeof(Lane);
+  Right<D> b_;
+  int64_t lanes_;
+  Scratch scratch_;
+};
 
 // A finished tile of C: `rows` <= D::kTileRows rows from `row` on, `cols` <= kTileCols columns from
 // `col` on, a multiple of kTileCols. Whole vectors may be read; columns past the last are zero.

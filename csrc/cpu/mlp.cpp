@@ -35,13 +35,14 @@ void forward(const MlpParams& p, const Parallel& parallel) {
   Scratch scratch(kept.bytes());
   const RowsView hidden = kept.take(scratch);
   const T *b1 = static_cast<const T*>(p.b1), *b2 = static_cast<const T*>(p.b2);
+  const int64_t chunks = ceil_div(p.m, kept.most);
+  const Packed<D> w1(parallel, columns_along_k<D, T>(p.w1), p.f, p.k, kept.most, chunks);
+  const Packed<D> w2(parallel, columns_along_k<D, T>(p.w2), p.n, p.f, kept.most, chunks);
   for_chunks<D>(p.m, kept.most, [&](int64_t begin, int64_t rows) {
-    matmul(parallel, {rows, p.f, p.k}, rows_along_k<D, T>(rows_from<T>(p.x, begin), p.k),
-           columns_along_k<D, T>(p.w1),
+    matmul(parallel, {rows, p.f, p.k}, rows_along_k<D, T>(rows_from<T>(p.x, begin), p.k), *w1,
            Activated<T, Kept<T>>{p.activation, b1, rows_from<T>(p.pre, begin), hidden, p.dropout,
                                  begin});
-    matmul(parallel, {rows, p.n, p.f}, rows_along_k<D, Kept<T>>(hidden, p.f),
-           columns_along_k<D, T>(p.w2),
+    matmul(parallel, {rows, p.n, p.f}, rows_along_k<D, Kept<T>>(hidden, p.f), *w2,
            Activated<T, T>{Activation::kIdentity, b2, {}, rows_from<T>(p.y, begin), {}, 0});
   });
 }
