@@ -268,6 +268,8 @@ def _mlp_tests() -> Iterable[MlpCase]:
     shapes: list[tuple[int, ...]] = [
         (1, 1, 1), (3, 5, 7), (63, 65, 33), (1, 384, 197), (130, 77, 127), (9, 600, 80),
         (1, 1, 1, 1), (2, 3, 7, 5), (65, 33, 63, 127), (1, 384, 1536, 384),
+        # several units of rows; a weight that is packed in parts; rows in several chunks
+        (401, 70, 300), (201, 512, 9000), (2700, 24, 1600, 20),
     ]  # fmt: skip
     for shape in shapes:
         op = "linear" if len(shape) == 3 else "mlp"

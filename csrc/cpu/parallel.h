@@ -1,7 +1,7 @@
 // How a kernel spreads fixed units of work over the host's thread pool without knowing the host.
 //
-// Units are cut from the problem alone, never from the number of threads, and each writes its own
-// part of the output: so who runs a unit, and when, cannot change a bit of the result.
+// Each unit writes its own part of the output, and no sum is cut by the number of threads or units:
+// so who runs a unit, and when, cannot change a bit of the result.
 #pragma once
 #include <atomic>
 #include <cstdint>
