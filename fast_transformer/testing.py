@@ -270,6 +270,7 @@ def _mlp_tests() -> Iterable[MlpCase]:
         (1, 1, 1, 1), (2, 3, 7, 5), (65, 33, 63, 127), (1, 384, 1536, 384),
         # several units of rows; a weight that is packed in parts; rows in several chunks
         (401, 70, 300), (201, 512, 9000), (2700, 24, 1600, 20),
+        (3, 16384, 20),  # few rows, long sums
     ]  # fmt: skip
     for shape in shapes:
         op = "linear" if len(shape) == 3 else "mlp"

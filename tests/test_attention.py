@@ -256,6 +256,36 @@ def draw_like(x):
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_rows_without_a_key_pass_nothing_on(cpu, dtype):
+    """Whatever gradient reaches such a row, as that of a merge of two -inf, which is NaN."""
+    q, k, v = (torch.randn(1, 2, 7, 40).to(dtype).requires_grad_() for _ in range(3))
+    allowed = torch.ones(7, 7, dtype=torch.bool)
+    allowed[2] = allowed[5] = False
+    grads = []
+    for poison in (0.0, float("nan"), float("inf")):
+        out, lse = ft.attention(q, k, v, bias=allowed, return_lse=True)
+        torch.manual_seed(0)
+        grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+        for rows in (grad_out, grad_lse):
+            rows[:, :, [2, 5]] = poison
+        grads.append(torch.autograd.grad((out, lse), (q, k, v), (grad_out, grad_lse)))
+    for clean, poisoned, infinite in zip(*grads, strict=True):
+        assert clean.isfinite().all() and clean.abs().sum() > 0
+        assert clean.equal(poisoned) and clean.equal(infinite)
+    assert not grads[0][0][:, :, [2, 5]].any()
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_infinite_values_stay_infinite(cpu, dtype):
+    q, k = (torch.randn(1, 1, 33, 24).to(dtype) for _ in range(2))
+    v = torch.randn(1, 1, 33, 24).to(dtype)
+    v[0, 0, 5, 3] = float("inf")
+    out = ft.attention(q, k, v)
+    assert (out[..., 3] == float("inf")).all()
+    assert out[..., 4:].isfinite().all() and out[..., :3].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_keys_outside_are_never_read(backend, dtype):
     """NaN before key_starts and from key_lengths on changes no bit of anything."""
     starts, lengths = torch.tensor([0, 5, 60]), torch.tensor([64, 70, 130])

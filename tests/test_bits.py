@@ -70,3 +70,16 @@ def test_length_is_what_counts_not_padding(cpu, dtype):
     for length in (1, 63, 130):
         masked = ft.attention(q, k, v, key_lengths=torch.tensor([length]))
         assert torch.equal(masked, ft.attention(q, k[:, :, :length], v[:, :, :length]))
+
+
+def test_hidden_nan_is_where_threads_do_not_matter(cpu, threads):
+    """A NaN value that no row sees may share a register with one that is seen, but always does."""
+    q, k = torch.randn(1, 1, 384, 32), torch.randn(1, 1, 385, 32)
+    v = torch.randn(1, 1, 385, 32)
+    v[0, 0, 193] = float("nan")
+    places = []
+    for count in (1, 2, 5):
+        threads(count)
+        out = ft.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), causal=True)
+        places.append(out.isnan())
+    assert places[0].equal(places[1]) and places[0].equal(places[2])

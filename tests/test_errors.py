@@ -120,6 +120,11 @@ ATTENTION = [
         "attention: causal_offset is 2 but causal is False.",
     ),
     (
+        attention(causal=True, causal_offset=2**63 - 1),
+        ValueError,
+        "attention: causal_offset is 9223372036854775807; it must be between -2**31 and 2**31.",
+    ),
+    (
         attention(key_lengths=[7, 7]),
         TypeError,
         "attention: key_lengths must be a tensor, got list.",

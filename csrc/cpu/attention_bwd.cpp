@@ -95,7 +95,16 @@ class Worker {
       }
       delta_[i] = sum(total);
       grad_lse_[i] = g_.grad_lse ? g_.grad_lse[at + i] : 0.0f;
+      if (p_.softmax[2 * (at + i) + 1] == 0.0f) forget(i, s.q_len);
     }
+  }
+  // A row that saw no key: whatever its gradient is, NaN included, none of it goes on.
+  void forget(int64_t i, int64_t rows) {
+    delta_[i] = grad_lse_[i] = 0.0f;
+    std::fill_n(query_rows_ + i * depth_, depth_, Lane{});
+    std::fill_n(grad_rows_ + i * depth_, depth_, Lane{});
+    clear_row<D>(query_panels_, dim_, rows, i);
+    clear_row<D>(grad_panels_, dim_, rows, i);
   }
 
   // dK and dV of keys [key, key + n), and what they add to dQ.

@@ -43,8 +43,9 @@ class Worker {
     value_panel_ = panel_size<D>(keys);
     pack_transposed<D>(row<T>(p_.key, s.batch, head, s.first_key), p_.key.stride[2], keys, dim_,
                        keys_);
-    pack_natural<D>(row<T>(p_.value, s.batch, head, s.first_key), p_.value.stride[2], dim_, keys,
-                    values_);
+    // whole lanes, if the sequence has them: what is in a lane must not depend on where pieces end
+    pack_natural<D>(row<T>(p_.value, s.batch, head, s.first_key), p_.value.stride[2], dim_,
+                    std::min(s.kv_len, round_up(keys, D::kPerLane)), values_);
     for (int64_t q = begin_block * blocks_.queries; q < end; q += blocks_.queries) {
       block_of_rows(s, limit, head, q, std::min(blocks_.queries, end - q));
     }
@@ -114,7 +115,7 @@ class Worker {
     const float kept = p_.dropout.active() ? p_.dropout.scale : 1.0f;
     const float* from = out_ + i * padded_dim_;
     for (int64_t d = 0; d < dim_; d += kWidth) {
-      store(out + d, share(load(from + d)) * kept, dim_ - d);
+      store(out + d, share.of_any(load(from + d)) * kept, dim_ - d);
     }
   }
 

@@ -16,11 +16,11 @@ FT_INLINE auto as_lanes(UVec v) {
   return as<decltype(D::load_lanes(nullptr))>(v);
 }
 
-// kRows x (kWidth / kRows) dot products over k elements; row r of the result is at c + r * ldc.
-// `w` are the columns of B.
+// kRows x (kWidth / kRows) dot products over k elements; row r of the result is at c + r * ldc, to
+// which it is added with `accumulate`. `w` are the columns of B, from element `at` on.
 template <typename D, typename T, int kRows>
-FT_INLINE void dot_tile(const typename D::Lane* x, int64_t x_ld, const T* const* w, int64_t k,
-                        float* c, int64_t ldc) {
+FT_INLINE void dot_tile(const typename D::Lane* x, int64_t x_ld, const T* const* w, int64_t at,
+                        int64_t k, float* c, int64_t ldc, bool accumulate) {
   constexpr int kCols = kWidth / kRows;
   Vec acc[kWidth];
 #pragma GCC unroll 16
@@ -33,7 +33,7 @@ FT_INLINE void dot_tile(const typename D::Lane* x, int64_t x_ld, const T* const*
     for (int r = 0; r < kRows; ++r) row[r] = load_x(x + r * x_ld + l);
 #pragma GCC unroll 16
     for (int j = 0; j < kCols; ++j) {
-      const auto column = load_w(w[j] + l * D::kPerLane);
+      const auto column = load_w(w[j] + at + l * D::kPerLane);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         acc[r * kCols + j] = D::multiply_add(row[r], column, acc[r * kCols + j]);
@@ -61,22 +61,29 @@ FT_INLINE void dot_tile(const typename D::Lane* x, int64_t x_ld, const T* const*
   for (int i = 0; i < kWidth; ++i) bits[i] = as<UVec>(acc[i]);
   float total[kWidth];
   store(total, fold_each(bits, [](Vec a, Vec b) { return a + b; }));
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-    std::memcpy(c + r * ldc, total + r * kCols, kCols * sizeof(float));
+  for (int r = 0; r < kRows; ++r) {
+    for (int j = 0; j < kCols; ++j) {
+      float& to = c[r * ldc + j];
+      to = accumulate ? to + total[r * kCols + j] : total[r * kCols + j];
+    }
+  }
 }
 
 // C (rows x kTileCols) = x · columns; x: rows of lanes, `w`: `cols` <= kTileCols columns of B.
 template <typename D, typename T>
 void dots(const typename D::Lane* x, int64_t x_ld, int64_t rows, const T* w, int64_t ld,
           int64_t cols, int64_t k, float* c) {
-  constexpr int kMost = kWidth >= 16 ? 4 : 2;  // rows at once
+  constexpr int kMost = kWidth >= 16 ? 4 : 2;                   // rows at once
+  constexpr int64_t kBlock = kSumLanes * kWidth * D::kPerLane;  // a lane of it sums kSumLanes
   for (int64_t n = 0; n < cols; n += kWidth, c += kWidth) {
     const T* column[kWidth];
     for (int j = 0; j < kWidth; ++j) column[j] = w + (n + j < cols ? n + j : cols - 1) * ld;
     const auto rows_at_once = [&]<int kRows>(std::integral_constant<int, kRows>, int64_t r) {
       for (int j = 0; j < kWidth; j += kWidth / kRows) {
-        dot_tile<D, T, kRows>(x + r * x_ld, x_ld, column + j, k, c + r * kTileCols + j, kTileCols);
+        for (int64_t at = 0; at == 0 || at < k; at += kBlock) {
+          dot_tile<D, T, kRows>(x + r * x_ld + at / D::kPerLane, x_ld, column + j, at,
+                                std::min(kBlock, k - at), c + r * kTileCols + j, kTileCols, at > 0);
+        }
       }
     };
     int64_t r = 0;

@@ -68,7 +68,8 @@ inline constexpr int kTileVecs = 2;
 #endif
 inline constexpr int kTileCols = kTileVecs * kWidth;
 
-// Sums longer than this are cut: each block of k is summed from zero in registers and then added to
+// Sums longer than this are cut (dots.h: those of one register lane; the matrix unit, for L1, at
+// half of it): each block of k is summed from zero in registers and then added to
 // C. That keeps the rounding error of a long sum near sqrt(k / kSumLanes) instead of k, on a level
 // with the libraries we are compared with, and a panel of B (kSumLanes x kTileCols) within L2.
 inline constexpr int64_t kSumLanes = 384;

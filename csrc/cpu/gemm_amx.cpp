@@ -150,6 +150,7 @@ void multiply_registers_amx(int64_t steps) {
 void multiply_strip_amx(int64_t rows, int64_t cols, int64_t k, const LanesA<uint32_t>& a,
                         const uint32_t* b, int64_t panel_stride, float* c, int64_t ldc,
                         bool accumulate, const Meanwhile& meanwhile) {
+  asm volatile("" : : : "memory");  // operands are in memory, though tile loads do not say so
   configure(rows);
   Tail tail;
   if (const int64_t last = k % kLanes) tail.take_a(a, rows, k - last, last);
@@ -161,6 +162,7 @@ void multiply_strip_amx(int64_t rows, int64_t cols, int64_t k, const LanesA<uint
       run(k, a, b + v, tail, c + n + v, ldc, accumulate, meanwhile);
     }
   }
+  asm volatile("" : : : "memory");  // and C
 }
 
 }  // namespace ft::FT_ISA

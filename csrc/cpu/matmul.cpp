@@ -121,7 +121,7 @@ class Worker {
     const Meanwhile meanwhile{this, [](void* self) { static_cast<Worker*>(self)->finish_rows(); }};
     for (int64_t j = 0; j < cols; j += kTileCols, b.first += b.stride) {
       const int64_t some = std::min<int64_t>(kTileCols, cols - j);
-      // With nothing to be added up later, C of two tiles takes turns.
+      // With nothing to be added up later two tiles of C take turns, since one is being finished.
       float* c = c_ + (once_ ? (turn_ ^= D::kTileRows) * kTileCols : rows.at * ldc_ + j);
       const int64_t steps = std::max<int64_t>(1, k / kMatrixStep) * ceil_div(some, kMatrixCols);
       rows_a_step_ = ceil_div(done_.rows, steps);

@@ -97,8 +97,8 @@ Right<D> columns_along_n(const RowsView& b) {
 // thread keeps.
 inline constexpr int64_t kPackedBytes = int64_t{16} << 20;
 
-// B packed once, for several products of `m` rows each. Where that many rows would not be worth it,
-// or B is large, it stays as it is.
+// B packed once, for several products of `m` rows each (a last one of few rows reads B itself).
+// Where that many rows would not be worth it, or B is large, it stays as it is.
 template <typename D>
 class Packed {
   using Lane = typename D::Lane;

@@ -89,6 +89,22 @@ void pack_natural(const T* src, int64_t ld, int64_t n, int64_t k, typename D::La
   }
 }
 
+// Element `row` of all columns becomes zero, in panels of n columns of k.
+template <typename D>
+void clear_row(typename D::Lane* panels, int64_t n, int64_t k, int64_t row) {
+  using Lane = typename D::Lane;
+  for (int64_t n0 = 0; n0 < n; n0 += kTileCols, panels += panel_size<D>(k)) {
+    Lane* at = panels + row / D::kPerLane * kTileCols;
+    for (int64_t j = 0; j < kTileCols; ++j) {
+      if constexpr (D::kPerLane == 1) {
+        at[j] = 0;
+      } else {
+        at[j] &= row % 2 ? 0x0000ffffu : 0xffff0000u;
+      }
+    }
+  }
+}
+
 // A from rows that are contiguous along m: src[k * ld + m] -> strips of D::kTileRows, kStripLanes
 // lanes for each k, so that a tile reads one cache line after the other: strip s, lane (m, k) is at
 // dst[(s * depth + k) * kStripLanes + m]. This is the other operand of a weight gradient.

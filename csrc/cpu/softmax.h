@@ -46,6 +46,11 @@ struct Quotient {
     const Vec q = x * reciprocal;
     return fma(x - q * total, reciprocal, q);
   }
+  // Of infinities too.
+  FT_INLINE Vec of_any(Vec x) const {
+    const Vec q = (*this)(x);
+    return select(as<IVec>(q == q), q, x * reciprocal);
+  }
 };
 
 // 2^(factor * d) for d <= 0, -inf included. Where degree 6 is asked for, the factor is taken to

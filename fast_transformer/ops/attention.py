@@ -224,6 +224,10 @@ def _check_options(op, query, scale, causal, causal_offset):
             )
         if not causal:
             raise ValueError(f"{op}: causal_offset is {causal_offset} but causal is False.")
+        if isinstance(causal_offset, int) and abs(causal_offset) > 2**31:
+            raise ValueError(
+                f"{op}: causal_offset is {causal_offset}; it must be between -2**31 and 2**31."
+            )
     if scale is None:
         return query.shape[-1] ** -0.5
     arguments.number(op, "scale", scale)
