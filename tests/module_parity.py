@@ -137,25 +137,29 @@ def src(batch_first=True):
     return torch.randn((B, T, C) if batch_first else (T, B, C))
 
 
-def encoder_masks(name, mask="src_mask"):
-    """Arguments of forward; the hint of a causal mask with it."""
+def masks(name, B, H, T, S, mask="attn_mask", padding_mask="key_padding_mask"):
+    """Arguments of forward, the hint of a causal mask with it; no row is masked entirely."""
     made = {}
     random = torch.Generator().manual_seed(5)
     for part in name.split("+"):
         kind, _, form = part.partition("-")
         if kind in ("right", "left", "holes"):
-            drop = padding(kind, B, T)
-            made["src_key_padding_mask"] = added(drop) if form == "float" else drop
+            drop = padding(kind, B, S)
+            made[padding_mask] = added(drop) if form == "float" else drop
         elif kind == "causal":
-            made[mask] = added(causal(T)) if form == "float" else causal(T)
-            made["is_causal"] = True
+            drop = causal(T, S)
+            made |= {mask: added(drop) if form == "float" else drop, "is_causal": True}
         elif kind != "none":
-            shape = (B * 3, T, T) if form == "3d" else (T, T)
+            shape = (B * H, T, S) if form == "3d" else (T, S)
             drop = torch.rand(shape, generator=random) < 0.4
-            drop[..., 0] = False
+            drop[..., 0] = drop[..., -1] = False
             numbers = torch.randn(shape, generator=random)
             made[mask] = numbers.masked_fill(drop, -torch.inf) if kind == "float" else drop
     return made
+
+
+def encoder_masks(name, mask="src_mask"):
+    return masks(name, B, LAYER["nhead"], T, T, mask, "src_key_padding_mask")
 
 
 def tokens(options):

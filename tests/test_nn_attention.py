@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from module_parity import added, causal, check, padding, twins
+from module_parity import added, causal, check, masks, padding, twins
 from torch import nn
 
 import fast_transformer as ft
@@ -28,26 +28,6 @@ MASKS = (
     "none right right-float left left-float holes holes-float causal bool float bool-3d float-3d "
     "causal+right bool+holes float+right-float float+holes bool-3d+right float-3d+left-float"
 ).split()
-
-
-def masks(name, B, H, T, S):
-    """Arguments of forward; no row is masked entirely."""
-    made = {}
-    random = torch.Generator().manual_seed(5)
-    for part in name.split("+"):
-        kind, _, form = part.partition("-")
-        if kind in ("right", "left", "holes"):
-            drop = padding(kind, B, S)
-            made["key_padding_mask"] = added(drop) if form == "float" else drop
-        elif kind == "causal":
-            made |= {"attn_mask": causal(T, S), "is_causal": True}
-        elif kind != "none":
-            shape = (B * H, T, S) if form == "3d" else (T, S)
-            drop = torch.rand(shape, generator=random) < 0.4
-            drop[..., 0] = drop[..., -1] = False
-            numbers = torch.randn(shape, generator=random)
-            made["attn_mask"] = numbers.masked_fill(drop, -torch.inf) if kind == "float" else drop
-    return made
 
 
 def case(shape, batch_first=True, **config):

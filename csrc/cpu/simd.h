@@ -87,38 +87,31 @@ FT_INLINE Vec min(Vec a, Vec b) {
 }
 FT_INLINE Vec abs(Vec a) { return as<Vec>(as<UVec>(a) & 0x7fffffffu); }
 
-// Horizontal reductions in one fixed order: halves, quarters, …
-template <typename Op>
-FT_INLINE float fold(Vec v, const Op& op) {
+// The sum of all lanes, in one fixed order: halves, quarters, …
+FT_INLINE float sum(Vec v) {
 #if defined(__x86_64__)
 #if defined(__AVX512F__)
   __m256 halves[2];
   store_bits(halves, v);
-  const __m256 half = op(halves[0], halves[1]);
+  const __m256 half = halves[0] + halves[1];
 #elif defined(__AVX2__)
   const __m256 half = (__m256)v;
 #endif
 #if defined(__AVX2__)
-  const __m128 x = op(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  const __m128 x = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
 #else
   const __m128 x = (__m128)v;
 #endif
-  const __m128 pair = op(x, _mm_movehl_ps(x, x));
-  return op(pair[0], pair[1]);
+  const __m128 pair = x + _mm_movehl_ps(x, x);
+  return pair[0] + pair[1];
 #else
   float t[kWidth];
   store_bits(t, v);
   for (int step = kWidth / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) t[i] = op(t[i], t[i + step]);
+    for (int i = 0; i < step; ++i) t[i] += t[i + step];
   }
   return t[0];
 #endif
-}
-FT_INLINE float sum(Vec v) {
-  return fold(v, [](auto a, auto b) { return a + b; });
-}
-FT_INLINE float max_of(Vec v) {
-  return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // Lane numbers 0, 1, 2, … and the mask of the lanes below n.
