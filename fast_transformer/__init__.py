@@ -10,7 +10,10 @@ from fast_transformer.ops import (
     attention_varlen,
     layer_norm,
     linear_act,
+    merge_attention,
     mlp,
+    relative_attention,
+    t5_buckets,
 )
 
 __all__ = [
@@ -24,10 +27,13 @@ __all__ = [
     "explain",
     "layer_norm",
     "linear_act",
+    "merge_attention",
     "mlp",
     "nn",
+    "relative_attention",
     "restore",
     "strict",
+    "t5_buckets",
 ]
 
 _LAZY = ("accelerate", "explain", "restore")  # their module knows of transformers, when it is there

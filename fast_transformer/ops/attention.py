@@ -8,6 +8,7 @@ from torch import Tensor
 from fast_transformer import reference
 from fast_transformer.backends import Backend, choose
 from fast_transformer.ops import arguments, cpu
+from fast_transformer.ops import attention_arguments as check
 
 
 def attention(
@@ -18,9 +19,12 @@ def attention(
     scale: float | None = None,
     causal: bool = False,
     causal_offset: int | None = None,
+    window: tuple[int, int] = check.UNBOUNDED,
     key_starts: Tensor | None = None,
     key_lengths: Tensor | None = None,
     bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     return_lse: bool = False,
@@ -30,59 +34,67 @@ def attention(
     Args:
         query: (batch, heads, T, head_dim), float32, bfloat16, float16 or float64. Strides are
             honoured as long as the last dimension is contiguous.
-        key: (batch, heads, S, head_dim).
-        value: (batch, heads, S, head_dim).
+        key: (batch, kv_heads, S, head_dim); kv_heads divides heads, and head h attends to key head
+            h // (heads / kv_heads).
+        value: (batch, kv_heads, S, value_dim).
         scale: by default 1 / √head_dim.
-        causal: row i sees key j iff j ≤ i + causal_offset.
-        causal_offset: by default S − T, so that the last row sees every key; 0 is top-left.
+        causal: row i sees key j iff j ≤ i + diagonal.
+        causal_offset: the diagonal; by default S − T, so that the last row sees every key; 0 is
+            top-left. Only with causal, a window or alibi_slopes.
+        window: (left, right), −1 for unbounded; row i sees key j iff
+            i + diagonal − left ≤ j ≤ i + diagonal + right.
         key_starts: (batch,) int32 or int64; keys before are never read (left padding).
         key_lengths: (batch,) int32 or int64; keys from there on are never read (right padding).
         bias: broadcastable to (batch, heads, T, S); bool, where True attends, or added to the
-            scaled scores, in query's dtype or float32.
+            scaled scores, in query's dtype or float32. Differentiable.
+        alibi_slopes: (heads,) or (batch, heads), float32, without a gradient; subtracts
+            slope · |i + diagonal − j| from the scores (Press et al. 2022).
+        softcap: c > 0 makes a scaled score c · tanh(score / c) before bias and slopes; 0 is off.
         dropout_p: probability in [0, 1] of dropping an element of the softmax.
         seed: 0-d int64 tensor from which dropout draws; by default a fresh one each call.
         return_lse: return the natural logarithm of the softmax's denominator too.
 
     Returns:
-        (batch, heads, T, head_dim), laid out in memory as (batch, T, heads, head_dim). With
+        (batch, heads, T, value_dim), laid out in memory as (batch, T, heads, value_dim). With
         return_lse also (batch, heads, T) in float32, differentiable. A row that sees no key gives
         zeros and −inf, and no gradient.
 
     Raises:
         TypeError, ValueError: an argument is not as above. RuntimeError: see `backend`, `strict`.
     """
-    query, key, value, bias = _autocast(query, key, value, bias)
-    _check_inputs("attention", query, key, value, "(batch, heads, length, head_dim)")
+    query, key, value, bias = check.autocast(query, key, value, bias)
+    check.inputs("attention", query, key, value, "(batch, heads, length, head_dim)")
     B, H, T, _ = query.shape
     S = key.shape[2]
-    if key.shape[0] != B:
-        raise ValueError(
-            f"attention: key has batch {key.shape[0]} but query has {B}; they must match."
-        )
-    scale = _check_options("attention", query, scale, causal, causal_offset)
+    scale, left, right = check.options(
+        "attention", query, B, scale, causal, causal_offset, window, alibi_slopes, softcap
+    )
     if key_starts is not None:
         key_starts = arguments.positions("attention", "key_starts", key_starts, B, S, query)
     if key_lengths is not None:
         key_lengths = arguments.positions("attention", "key_lengths", key_lengths, B, S, query)
     if bias is not None:
-        _check_bias("attention", bias, query, (B, H, T, S))
+        check.bias("attention", bias, query, (B, H, T, S))
     seed = arguments.dropout("attention", dropout_p, seed, query.device)
 
-    tensors = (query, key, value, bias, key_starts, key_lengths, seed)
+    tensors = (query, key, value, bias, key_starts, key_lengths, seed, alibi_slopes)
     backend = choose("attention", BACKENDS, tensors)
     if backend == "reference":
         out, lse = reference.attention(
             query, key, value, scale=scale, causal=causal, causal_offset=causal_offset,
-            key_starts=key_starts, key_lengths=key_lengths, bias=bias,
-            dropout_p=dropout_p, seed=seed,
+            window=(left, right), key_starts=key_starts, key_lengths=key_lengths, bias=bias,
+            alibi_slopes=alibi_slopes, softcap=softcap, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
         return (out, lse) if return_lse else out
     if bias is not None:
-        bias = _expand_bias(bias, (B, H, T, S))
-    out, lse = _run(
-        backend, query, key, value, bias, key_starts, key_lengths, None, None, seed,
-        scale, causal, causal_offset, dropout_p,
+        bias = whole_rows(bias, S)
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.reshape(-1, H).contiguous()
+    out, lse = run(
+        backend, query, key, value, bias, key_starts, key_lengths, None, None, seed, alibi_slopes,
+        None, None, None, None, None, None,
+        scale, causal, causal_offset, left, right, softcap, 0, dropout_p,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -99,7 +111,10 @@ def attention_varlen(
     scale: float | None = None,
     causal: bool = False,
     causal_offset: int | None = None,
+    window: tuple[int, int] = check.UNBOUNDED,
     bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     return_lse: bool = False,
@@ -108,32 +123,34 @@ def attention_varlen(
 
     Args:
         query: (tokens_q, heads, head_dim), dtypes and strides as for `attention`.
-        key: (tokens_k, heads, head_dim).
-        value: (tokens_k, heads, head_dim).
+        key: (tokens_k, kv_heads, head_dim).
+        value: (tokens_k, kv_heads, value_dim).
         cu_seqlens_q: (batch + 1,) int32 or int64, rising from 0 to tokens_q; sequence b holds the
             tokens [cu_seqlens_q[b], cu_seqlens_q[b + 1]).
         cu_seqlens_k: the same for the keys; the lengths may differ from the queries'.
         max_seqlen_q: no sequence of queries is longer.
         max_seqlen_k: no sequence of keys is longer.
         scale: by default 1 / √head_dim.
-        causal: row i of a sequence sees its key j iff j ≤ i + causal_offset.
-        causal_offset: by default that sequence's own S − T.
+        causal: row i of a sequence sees its key j iff j ≤ i + diagonal.
+        causal_offset: the diagonal; by default that sequence's own S − T.
+        window: as for `attention`, along each sequence's diagonal.
         bias: broadcastable to (batch, heads, max_seqlen_q, max_seqlen_k), by position within the
             sequence; otherwise as for `attention`.
+        alibi_slopes: as for `attention`, along each sequence's diagonal.
+        softcap: as for `attention`.
         dropout_p: probability in [0, 1]; the mask is the one a padded batch would get.
         seed: 0-d int64 tensor from which dropout draws; by default a fresh one each call.
         return_lse: return the natural logarithm of the softmax's denominator too.
 
     Returns:
-        (tokens_q, heads, head_dim). With return_lse also (heads, tokens_q) in float32.
+        (tokens_q, heads, value_dim). With return_lse also (heads, tokens_q) in float32.
 
     Raises:
         TypeError, ValueError: an argument is not as above. RuntimeError: see `backend`, `strict`.
     """
     op = "attention_varlen"
-    query, key, value, bias = _autocast(query, key, value, bias)
-    _check_inputs(op, query, key, value, "(tokens, heads, head_dim)")
-    scale = _check_options(op, query, scale, causal, causal_offset)
+    query, key, value, bias = check.autocast(query, key, value, bias)
+    check.inputs(op, query, key, value, "(tokens, heads, head_dim)")
     arguments.number(op, "max_seqlen_q", max_seqlen_q)
     arguments.number(op, "max_seqlen_k", max_seqlen_k)
     same = cu_seqlens_k is cu_seqlens_q and max_seqlen_k == max_seqlen_q
@@ -149,140 +166,74 @@ def attention_varlen(
             f"{op}: cu_seqlens_k holds {cu_seqlens_k.shape[0]} offsets but cu_seqlens_q holds "
             f"{cu_seqlens_q.shape[0]}; they must match."
         )
-    grid = (cu_seqlens_q.shape[0] - 1, query.shape[1], max_seqlen_q, max_seqlen_k)
+    B, H = cu_seqlens_q.shape[0] - 1, query.shape[1]
+    scale, left, right = check.options(
+        op, query, B, scale, causal, causal_offset, window, alibi_slopes, softcap
+    )
     if bias is not None:
-        _check_bias(op, bias, query, grid)
+        check.bias(op, bias, query, (B, H, max_seqlen_q, max_seqlen_k))
     seed = arguments.dropout(op, dropout_p, seed, query.device)
 
-    tensors = (query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed)
+    tensors = (query, key, value, bias, cu_seqlens_q, cu_seqlens_k, seed, alibi_slopes)
     backend = choose(op, BACKENDS, tensors)
     if backend == "reference":
         out, lse = reference.attention_varlen(
             query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            scale=scale, causal=causal, causal_offset=causal_offset, bias=bias,
-            dropout_p=dropout_p, seed=seed,
+            scale=scale, causal=causal, causal_offset=causal_offset, window=(left, right),
+            bias=bias, alibi_slopes=alibi_slopes, softcap=softcap, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
         return (out, lse) if return_lse else out
     if bias is not None:
-        bias = _expand_bias(bias, grid)
-    out, lse = _run(
+        bias = whole_rows(bias, max_seqlen_k)
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.reshape(-1, H).contiguous()
+    out, lse = run(
         backend, *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)),
-        bias, None, None, cu_seqlens_q, cu_seqlens_k, seed,
-        scale, causal, causal_offset, dropout_p,
+        bias, None, None, cu_seqlens_q, cu_seqlens_k, seed, alibi_slopes,
+        None, None, None, None, None, None,
+        scale, causal, causal_offset, left, right, softcap, 0, dropout_p,
     )  # fmt: skip
     out = out.squeeze(0).transpose(0, 1)
     return (out, lse.squeeze(0)) if return_lse else out
 
 
-def _autocast(query, key, value, bias):
-    """Cast floating inputs as torch.autocast asks, but leave a float32 bias its precision."""
-    dtype = arguments.autocast_dtype(query)
-    if dtype is None:
-        return query, key, value, bias
-    query, key, value = (arguments.lower(x, dtype) for x in (query, key, value))
-    if bias is not None and bias.dtype != torch.float32:
-        bias = arguments.lower(bias, dtype)
-    return query, key, value, bias
+def whole_rows(bias, S):
+    """`bias` as four dimensions, the last of S contiguous elements; the others may stay 1."""
+    if bias.dim() < 4:
+        bias = bias.view(*[1] * (4 - bias.dim()), *bias.shape)
+    if bias.shape[-1] != S:
+        bias = bias.expand(*bias.shape[:-1], S).contiguous()
+    return cpu.unit_stride(bias)
 
 
-def _check_inputs(op, query, key, value, layout):
-    """The three inputs agree with each other; `layout` names their dimensions."""
-    arguments.floating(op, "query", query)
-    arguments.like(op, "key", key, "query", query)
-    arguments.like(op, "value", value, "query", query)
-    rank = 4 if op == "attention" else 3
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() != rank:
-            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; it must be {layout}.")
-    if query.shape[-1] == 0:
-        raise ValueError(f"{op}: query has head_dim 0; it must be at least 1.")
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(
-            f"{op}: key has head_dim {key.shape[-1]} but query has {query.shape[-1]}; "
-            "they must match."
-        )
-    if key.shape[1] != query.shape[1]:
-        raise ValueError(
-            f"{op}: key has {key.shape[1]} heads but query has {query.shape[1]}; they must match "
-            "(grouped-query attention is not implemented yet)."
-        )
-    if value.shape != key.shape:
-        raise ValueError(
-            f"{op}: value has shape {tuple(value.shape)} but key has {tuple(key.shape)}; they must "
-            "match (a head_dim of value's own is not implemented yet)."
-        )
-
-
-def _check_options(op, query, scale, causal, causal_offset):
-    """Return the scale to use."""
-    if not isinstance(causal, bool):
-        raise TypeError(f"{op}: causal must be a bool, got {type(causal).__name__}.")
-    if causal_offset is not None:
-        if not isinstance(causal_offset, (int, torch.SymInt)):
-            raise TypeError(
-                f"{op}: causal_offset must be an int or None, got {type(causal_offset).__name__}."
-            )
-        if not causal:
-            raise ValueError(f"{op}: causal_offset is {causal_offset} but causal is False.")
-        if isinstance(causal_offset, int) and abs(causal_offset) > 2**31:
-            raise ValueError(
-                f"{op}: causal_offset is {causal_offset}; it must be between -2**31 and 2**31."
-            )
-    if scale is None:
-        return query.shape[-1] ** -0.5
-    arguments.number(op, "scale", scale)
-    return scale
-
-
-def _check_bias(op, bias, query, grid):
-    """`bias` broadcasts to the grid of scores."""
-    if not isinstance(bias, Tensor):
-        raise TypeError(f"{op}: bias must be a tensor, got {type(bias).__name__}.")
-    if bias.dtype not in (torch.bool, torch.float32, query.dtype):
-        raise TypeError(
-            f"{op}: bias has dtype {arguments.short(bias.dtype)}; accepted are bool, float32 and "
-            f"query's {arguments.short(query.dtype)}."
-        )
-    arguments.same_device(op, "bias", bias, "query", query)
-    aligned = zip(reversed(bias.shape), reversed(grid), strict=False)
-    if bias.dim() > 4 or any(size not in (1, full) for size, full in aligned):
-        raise ValueError(
-            f"{op}: bias has shape {tuple(bias.shape)}; it must broadcast to "
-            f"(batch, heads, T, S) = {tuple(grid)}."
-        )
-
-
-def _expand_bias(bias, grid):
-    """(batch, heads, T, S) without a copy, unless the kernels could not walk a row of it."""
-    if bias.dim() == 0 or bias.shape[-1] != grid[-1]:
-        bias = bias.expand(*bias.shape[:-1], grid[-1]).contiguous()
-    return cpu.unit_stride(bias).expand(grid)
-
-
-def _run(backend, query, key, value, *rest):
+def run(backend, query, key, value, bias, *rest):
+    """Run a backend with autograd above it where needed; `rest` as `BACKENDS` lists it."""
     query, key, value = cpu.unit_stride(query), cpu.unit_stride(key), cpu.unit_stride(value)
     if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or any(x is not None and x.requires_grad for x in rest[6:10])
     ):
-        return cpu.apply(_Attention, backend, query, key, value, *rest)
-    return BACKENDS[backend].forward(query, key, value, *rest, False)[:2]
-
-
-def _cpu_unsupported(tensors):
-    bias = tensors[3]
-    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
-        return "a gradient for bias"
-    return cpu.unsupported(tensors)
+        return cpu.apply(_Attention, backend, query, key, value, bias, *rest)
+    return BACKENDS[backend].forward(query, key, value, bias, *rest, False)[:2]
 
 
 _forward, _backward = cpu.operator("attention_fwd"), cpu.operator("attention_bwd")
 
-# forward(query, key, value, bias, key_starts, key_lengths, cu_seqlens_q, cu_seqlens_k, seed,
-# scale, causal, causal_offset, dropout_p, save_softmax) → out, lse, softmax; backward: grad_out and
-# grad_lse before query, out and softmax before bias. Packed sequences come as
-# (1, heads, tokens, head_dim); softmax is what common/attention.h says, for backward alone.
+# forward(query, key, value,
+#   bias, key_starts, key_lengths, cu_seqlens_q, cu_seqlens_k, seed, alibi_slopes, distance_bias,
+#   position_query, position_key, segment_scores, query_segments, key_segments,
+#   scale, causal, causal_offset, window_left, window_right, softcap, position_zero, dropout_p,
+#   save_softmax) → out, lse, softmax
+# backward(grad_out, grad_lse, query, key, value, out, softmax, bias … dropout_p, need_dbias)
+#   → gradients of query, key, value, bias, distance_bias, position_query, position_key,
+#   segment_scores, without elements where there is no such input
+# Packed sequences come as (1, heads, tokens, head_dim); softmax is what common/attention.h says,
+# for backward alone.
 BACKENDS = {
-    "cpu": Backend(_forward, _backward, _cpu_unsupported),
+    "cpu": Backend(_forward, _backward, cpu.unsupported),
     "reference": Backend(reference.attention, None, lambda tensors: None),
 }
 
@@ -292,8 +243,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, backend, query, key, value, *rest):
         out, lse, softmax = BACKENDS[backend].forward(query, key, value, *rest, True)
         ctx.set_materialize_grads(False)
-        ctx.backend, ctx.options = backend, rest[6:]
-        ctx.save_for_backward(query, key, value, out, softmax, *rest[:6])
+        ctx.backend, ctx.options = backend, rest[13:]
+        ctx.save_for_backward(query, key, value, out, softmax, *rest[:13])
         return out, lse
 
     @staticmethod
@@ -301,24 +252,41 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse):
         saved = ctx.saved_tensors
         grad_out = torch.zeros_like(saved[3]) if grad_out is None else cpu.unit_stride(grad_out)
-        grads = BACKENDS[ctx.backend].backward(grad_out, grad_lse, *saved, *ctx.options)
-        needed = ctx.needs_input_grad[1:4]
-        return None, *(g if n else None for g, n in zip(grads, needed, strict=True)), *[None] * 10
+        needed = ctx.needs_input_grad
+        grads = BACKENDS[ctx.backend].backward(grad_out, grad_lse, *saved, *ctx.options, needed[4])
+        dq, dk, dv, dbias, *of_positions = (
+            g if n else None for g, n in zip(grads, (*needed[1:5], *needed[11:15]), strict=True)
+        )
+        if dbias is not None:
+            dbias = dbias.to(saved[5].dtype)
+        return None, dq, dk, dv, dbias, *[None] * 6, *of_positions, *[None] * 10
 
 
-def _head_minor(x):
-    """Like x (batch, heads, length, head_dim), in memory (batch, length, heads, head_dim)."""
-    B, H, T, D = x.shape
-    return x.new_empty(B, T, H, D).transpose(1, 2)
+def _head_minor(x, head_dim):
+    """Like x (batch, heads, length, …), in memory (batch, length, heads, head_dim)."""
+    B, H, T, _ = x.shape
+    return x.new_empty(B, T, H, head_dim).transpose(1, 2)
 
 
 @cpu.fake("attention_fwd")
 def _attention_fwd_fake(query, key, value, *rest):
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     save_softmax = rest[-1]
-    return _head_minor(query), lse, lse.new_empty((*lse.shape, 2) if save_softmax else 0)
+    softmax = lse.new_empty((*lse.shape, 2) if save_softmax else 0)
+    return _head_minor(query, value.shape[-1]), lse, softmax
 
 
 @cpu.fake("attention_bwd")
-def _attention_bwd_fake(grad_out, grad_lse, query, key, value, *rest):
-    return _head_minor(query), _head_minor(key), _head_minor(value)
+def _attention_bwd_fake(grad_out, grad_lse, query, key, value, out, softmax, bias, *rest):
+    distance_bias, position_query, position_key, segment_scores = rest[6:10]
+    need_dbias = rest[-1]
+    return (
+        *(_head_minor(x, x.shape[-1]) for x in (query, key, value)),
+        softmax.new_empty(bias.shape if need_dbias else 0),
+        softmax.new_empty(0 if distance_bias is None else distance_bias.shape),
+        *(
+            query.new_empty(0) if x is None else _head_minor(x, x.shape[-1])
+            for x in (position_query, position_key)
+        ),
+        softmax.new_empty(0 if segment_scores is None else segment_scores.shape),
+    )

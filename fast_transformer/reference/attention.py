@@ -5,55 +5,98 @@ import torch
 from fast_transformer.reference.philox import keep_mask, keep_scale
 
 
-def attention(
-    query,
-    key,
+def attention(query, key, value, *, scale=None, key_starts=None, key_lengths=None, **options):
+    """dropout(softmax(Q Kᵀ · scale + bias)) V, Vaswani et al. 2017, eq. 1, and its logsumexp.
+
+    query: (batch, heads, T, head_dim); key: (batch, kv_heads, S, head_dim); value: (batch,
+    kv_heads, S, value_dim). Head h attends to key head h // (heads / kv_heads).
+    key_starts, key_lengths: (batch,); outside [start, length) is no key. options: see `attend`.
+    Returns out (batch, heads, T, value_dim) and lse (batch, heads, T), float32 or wider. A row that
+    sees no key has out 0 and lse −inf, and sends no gradient.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    key, value, exists = heads_and_keys(query, key, value, key_starts, key_lengths)
+    return attend(widened(query @ key.mT) * scale, value, exists, **options)
+
+
+def widened(x):
+    """`x` in float32, or float64 if it has that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def heads_and_keys(query, key, value, key_starts, key_lengths):
+    """A key head for each of query's, zeros where no key is, and where one is.
+
+    The third result is bool (batch, 1, 1, S), or None where all are.
+    """
+    if key.shape[1] != query.shape[1]:
+        group = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    if key_starts is None and key_lengths is None:
+        return key, value, None
+    batch, _, S, _ = key.shape
+    column = torch.arange(S, device=query.device)
+    exists = torch.ones(batch, S, dtype=torch.bool, device=query.device)
+    if key_starts is not None:
+        exists = exists & (column >= key_starts[:, None])
+    if key_lengths is not None:
+        exists = exists & (column < key_lengths[:, None])
+    # whatever lies there, NaN included, must not reach a product
+    key = key.masked_fill(~exists[:, None, :, None], 0)
+    value = value.masked_fill(~exists[:, None, :, None], 0)
+    return key, value, exists[:, None, None, :]
+
+
+def attend(
+    scores,
     value,
+    exists,
     *,
-    scale=None,
     causal=False,
     causal_offset=None,
-    key_starts=None,
-    key_lengths=None,
+    window=(-1, -1),
     bias=None,
+    distance_bias=None,
+    alibi_slopes=None,
+    softcap=0.0,
     dropout_p=0.0,
     seed=None,
 ):
-    """dropout(softmax(Q Kᵀ · scale + bias)) V, Vaswani et al. 2017, eq. 1, and its logsumexp.
+    """dropout(softmax(scores with all that is added to them)) V, and the logsumexp.
 
-    query: (batch, heads, T, head_dim); key, value: (batch, heads, S, head_dim).
-    causal: row i sees key j iff j ≤ i + causal_offset, which is S − T when not given; an int, or a
-    (batch, 1, 1, 1) tensor. key_starts, key_lengths: (batch,); outside [start, length) is no key.
+    scores: (batch, heads, T, S), scaled; value: (batch, heads, S, value_dim).
+    softcap: c > 0 makes a score c · tanh(score / c) (Gemma 2), before anything is added.
     bias: bool (True = attend) or floating, broadcast to (batch, heads, T, S).
-    Returns out like query, and lse (batch, heads, T), float32 or wider. A row that sees no key has
-    out 0 and lse −inf, and sends no gradient.
+    distance_bias: (heads, T, S), added. alibi_slopes: (heads,) or (batch, heads); subtracts
+    slope · |i + diagonal − j| (ALiBi, Press et al. 2022).
+    causal_offset: the diagonal, S − T when not given; an int, or a (batch, 1, 1, 1) tensor.
+    causal: row i sees key j iff j ≤ i + diagonal. window: (left, right), −1 for unbounded; row i
+    sees key j iff i + diagonal − left ≤ j ≤ i + diagonal + right.
     """
-    (batch, heads, T, head_dim), S = query.shape, key.shape[-2]
-    scale = head_dim**-0.5 if scale is None else scale
-    wide = torch.promote_types(query.dtype, torch.float32)
-    column = torch.arange(S, device=query.device)
+    batch, heads, T, S = scores.shape
+    row = torch.arange(T, device=scores.device)[:, None]
+    diagonal = S - T if causal_offset is None else causal_offset
+    ahead = torch.arange(S, device=scores.device) - row - diagonal  # of the row's diagonal
 
-    if key_starts is not None or key_lengths is not None:
-        exists = torch.ones(batch, S, dtype=torch.bool, device=query.device)
-        if key_starts is not None:
-            exists = exists & (column >= key_starts[:, None])
-        if key_lengths is not None:
-            exists = exists & (column < key_lengths[:, None])
-        # whatever lies there, NaN included, must not reach a product
-        key = key.masked_fill(~exists[:, None, :, None], 0)
-        value = value.masked_fill(~exists[:, None, :, None], 0)
-
-    scores = (query @ key.mT).to(wide) * scale
+    if softcap > 0.0:
+        scores = (scores / softcap).tanh() * softcap
+    if distance_bias is not None:
+        scores = scores + distance_bias
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes[..., None, None] * ahead.abs()
     if bias is not None and bias.dtype != torch.bool:
         scores = scores + bias
     if bias is not None and bias.dtype == torch.bool:
         scores = scores.masked_fill(~bias, -torch.inf)
-    if key_starts is not None or key_lengths is not None:
-        scores = scores.masked_fill(~exists[:, None, None, :], -torch.inf)
+    if exists is not None:
+        scores = scores.masked_fill(~exists, -torch.inf)
+    left, right = window
     if causal:
-        offset = S - T if causal_offset is None else causal_offset
-        row = torch.arange(T, device=query.device)[:, None]
-        scores = scores.masked_fill(column > row + offset, -torch.inf)
+        scores = scores.masked_fill(ahead > 0, -torch.inf)
+    if left >= 0:
+        scores = scores.masked_fill(ahead < -left, -torch.inf)
+    if right >= 0:
+        scores = scores.masked_fill(ahead > right, -torch.inf)
 
     # a row of −inf alone would turn NaN in softmax: it keeps zeros, and its results are replaced
     empty = (scores == -torch.inf).all(-1, keepdim=True)
@@ -74,10 +117,10 @@ def attention_varlen(
 ):
     """Attention within each of the sequences that are packed one after another.
 
-    query: (tokens_q, heads, head_dim); key, value: (tokens_k, heads, head_dim). Sequence b holds
-    tokens [cu_seqlens[b], cu_seqlens[b + 1]), at most max_seqlen of them. Every position is one
-    within its sequence: of causal (by default S_b − T_b), bias and dropout.
-    Returns out like query, and lse (heads, tokens_q).
+    query: (tokens_q, heads, head_dim); key, value: (tokens_k, kv_heads, their head_dim). Sequence b
+    holds tokens [cu_seqlens[b], cu_seqlens[b + 1]), at most max_seqlen of them. Every position is
+    one within its sequence: of the diagonal (by default S_b − T_b), bias and dropout.
+    Returns out (tokens_q, heads, value_dim), and lse (heads, tokens_q).
     """
     q_lengths, k_lengths = cu_seqlens_q.diff(), cu_seqlens_k.diff()
     if options.get("causal_offset") is None:
