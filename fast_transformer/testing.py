@@ -3,17 +3,23 @@
 A case says what is computed, not on what: `case.inputs(dtype)` makes fresh arguments for the public
 function `case.op`, the same at every call. Cases for "test" are small and odd, those for "bench"
 have the sizes that models use; both lists are fixed, so that no kernel is tuned to be measured.
+Those of attention are in attention_cases.py.
 """
 
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fast_transformer.accuracy import assert_close_to_reference, check, evaluate, in_float64
+from fast_transformer.attention_cases import (
+    ATTENTION_CASES,
+    AttentionCase,
+    RelativeCase,
+    generator,
+    offsets,
+)
 
 __all__ = [
     "CASES",
@@ -21,73 +27,16 @@ __all__ = [
     "AttentionCase",
     "MlpCase",
     "NormCase",
+    "RelativeCase",
     "assert_close_to_reference",
     "cases",
     "check",
     "evaluate",
     "in_float64",
+    "offsets",
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class AttentionCase:
-    """One call of attention, or of attention_varlen where padding is "varlen".
-
-    shape: batch, heads, T, S, head_dim. padding: "right" passes key_lengths, "left" key_starts,
-    "varlen" packs the sequences; `fill` is the part of the positions that holds tokens.
-    bias: "bool" (T, S), "padding" a bool (batch, 1, 1, S), or "additive" (heads, T, S).
-    """
-
-    name: str
-    use: str
-    shape: tuple[int, int, int, int, int]
-    causal: bool = False
-    causal_offset: int | None = None
-    padding: str | None = None
-    fill: float = 1.0
-    bias: str | None = None
-    dropout_p: float = 0.0
-    family: str = "attention"
-
-    @property
-    def op(self) -> str:
-        """The public function."""
-        return "attention_varlen" if self.padding == "varlen" else "attention"
-
-    @property
-    def wrt(self) -> tuple[str, ...]:
-        """The arguments that have a gradient."""
-        return ("query", "key", "value")
-
-    def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments by name."""
-        B, H, T, S, D = self.shape
-        random = _random(self.name)
-        options: dict[str, Any] = {"causal": self.causal, "return_lse": True}
-        if self.causal_offset is not None:
-            options["causal_offset"] = self.causal_offset
-        if self.dropout_p > 0:
-            options["dropout_p"], options["seed"] = self.dropout_p, torch.tensor(20170612)
-        if self.bias == "additive":
-            options["bias"] = torch.randn(H, T, S, generator=random).to(dtype)
-        elif self.bias == "bool":
-            options["bias"] = torch.rand(T, S, generator=random) < 0.7
-        elif self.bias == "padding":
-            options["bias"] = torch.rand(B, 1, 1, S, generator=random) < 0.7
-        shapes: list[tuple[int, ...]] = [(B, H, T, D), (B, H, S, D), (B, H, S, D)]
-        if self.padding == "right":
-            options["key_lengths"] = torch.tensor(_lengths(B, S, self.fill))
-        elif self.padding == "left":
-            options["key_starts"] = S - torch.tensor(_lengths(B, S, self.fill))
-        elif self.padding == "varlen":
-            q, k = _lengths(B, T, self.fill), _lengths(B, S, self.fill)
-            options |= {"max_seqlen_q": T, "max_seqlen_k": S}
-            options |= {"cu_seqlens_q": _offsets(q), "cu_seqlens_k": _offsets(k)}
-            shapes = [(sum(q), H, D), (sum(k), H, D), (sum(k), H, D)]
-        tensors = [torch.randn(shape, generator=random).to(dtype) for shape in shapes]
-        return dict(zip(self.wrt, tensors, strict=True)) | options
 
 
 @dataclass(frozen=True)
@@ -117,7 +66,7 @@ class NormCase:
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments by name."""
-        random = _random(self.name)
+        random = generator(self.name)
         made: dict[str, Any] = {"x": torch.randn(self.shape, generator=random).to(dtype)}
         if self.added:
             made["residual"] = torch.randn(self.shape, generator=random).to(dtype)
@@ -157,7 +106,7 @@ class MlpCase:
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments by name; weights are scaled so that every layer keeps its input's size."""
-        random = _random(self.name)
+        random = generator(self.name)
         M, *sizes = self.shape
         made: dict[str, Any] = {"activation": self.activation}
         made["x"] = torch.randn(M, sizes[0], generator=random).to(dtype)
@@ -171,74 +120,7 @@ class MlpCase:
         return made
 
 
-Case = AttentionCase | NormCase | MlpCase
-
-
-def _random(name: str) -> torch.Generator:
-    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
-
-
-def _lengths(batch: int, longest: int, fill: float) -> list[int]:
-    """Lengths spread evenly around fill · longest, the shortest about (2 · fill − 1) · longest."""
-    low = 2 * fill - 1
-    return [round(longest * (low + (1 - low) * (b + 0.5) / batch)) for b in range(batch)]
-
-
-def _offsets(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0)
-
-
-def _attention_tests() -> Iterable[AttentionCase]:
-    shapes = [  # odd ones first; every head_dim and length is off the blocks of some kernel
-        (1, 1, 1, 1, 1), (2, 3, 1, 63, 8), (1, 2, 63, 65, 40), (2, 1, 65, 63, 64),
-        (1, 2, 77, 127, 80), (1, 1, 127, 197, 96), (1, 1, 197, 77, 128), (2, 2, 33, 333, 32),
-        (1, 1, 20, 513, 3), (1, 1, 66, 130, 256),
-    ]  # fmt: skip
-    for shape in shapes:
-        size = "x".join(map(str, shape))
-        yield AttentionCase(f"full-{size}", "test", shape)
-        yield AttentionCase(f"causal-{size}", "test", shape, causal=True)
-    for name, options in _MASKS.items():
-        yield AttentionCase(f"{name}-small", "test", (3, 2, 70, 70, 24), **options)
-        yield AttentionCase(f"{name}-uneven", "test", (3, 2, 37, 150, 64), **options)
-    yield AttentionCase(
-        "everything", "test", (3, 2, 65, 150, 40), causal=True, causal_offset=60, padding="right",
-        fill=0.6, bias="additive", dropout_p=0.2,
-    )  # fmt: skip
-    yield AttentionCase(
-        "everything-varlen", "test", (4, 2, 65, 150, 40), causal=True, padding="varlen", fill=0.6,
-        bias="additive", dropout_p=0.2,
-    )  # fmt: skip
-
-
-_MASKS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "causal": {"causal": True},
-    "top-left": {"causal": True, "causal_offset": 0},
-    "padded": {"padding": "right", "fill": 0.6},
-    "left-padded": {"padding": "left", "fill": 0.6},
-    "varlen": {"padding": "varlen", "fill": 0.6},
-    "varlen-causal": {"padding": "varlen", "fill": 0.6, "causal": True},
-    "bool": {"bias": "bool"},
-    "bool-padding": {"bias": "padding"},
-    "additive": {"bias": "additive"},
-    "dropout": {"dropout_p": 0.1},
-    "causal-dropout": {"causal": True, "dropout_p": 0.1},
-    "varlen-dropout": {"padding": "varlen", "fill": 0.6, "dropout_p": 0.1},
-}
-
-
-def _attention_benches() -> Iterable[AttentionCase]:
-    for length in (1, 63, 77, 128, 197, 333, 512, 1024, 2048):
-        for head_dim in (64,) if length not in (128, 333, 1024) else (32, 40, 64, 80, 96, 128):
-            batch = max(1, 2048 // length // 4)
-            shape = (batch, 4, length, length, head_dim)
-            yield AttentionCase(f"full-T{length}-D{head_dim}", "bench", shape)
-            yield AttentionCase(f"causal-T{length}-D{head_dim}", "bench", shape, causal=True)
-    models = {"minilm": (32, 12, 128, 128, 32), "bert-base": (8, 12, 512, 512, 64)}
-    for model, shape in models.items():
-        for name, options in _MASKS.items():
-            yield AttentionCase(f"{model}-{name}", "bench", shape, **options)
+Case = AttentionCase | RelativeCase | NormCase | MlpCase
 
 
 def _norm_tests() -> Iterable[NormCase]:
@@ -295,8 +177,7 @@ def _mlp_benches() -> Iterable[MlpCase]:
 
 
 CASES: tuple[Case, ...] = (
-    *_attention_tests(),
-    *_attention_benches(),
+    *ATTENTION_CASES,
     *_norm_tests(),
     *_norm_benches(),
     *_mlp_tests(),

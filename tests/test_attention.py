@@ -53,7 +53,7 @@ def test_reference_logsumexp():
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"dropout_p": 0.3}, {"bias": True}])
 def test_reference_varlen_is_each_sequence_alone(options):
     q_lengths, k_lengths = [3, 0, 5, 1], [4, 2, 0, 7]
-    cu_q, cu_k = testing._offsets(q_lengths), testing._offsets(k_lengths)
+    cu_q, cu_k = testing.offsets(q_lengths), testing._offsets(k_lengths)
     q = draw(sum(q_lengths), 2, 8, dtype=torch.float64)
     k, v = (draw(sum(k_lengths), 2, 8, dtype=torch.float64) for _ in range(2))
     bias = draw(4, 2, 5, 7, dtype=torch.float64) if options.pop("bias", False) else None
@@ -219,7 +219,7 @@ def test_empty(backend, shape, causal):
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0], [3, 0, 2]])
 def test_empty_sequences(backend, lengths):
-    cu = testing._offsets(lengths)
+    cu = testing.offsets(lengths)
     x = draw(sum(lengths), 2, 8).requires_grad_()
     out = ft.attention_varlen(x, x, x, cu, cu, 3, 3)
     out.sum().backward()
@@ -376,8 +376,8 @@ def test_any_packing(kernels, dtype, data):
     inputs = {"query": draw(sum(q_lengths), H, D, dtype=dtype)}
     inputs |= {name: draw(sum(k_lengths), H, D, dtype=dtype) for name in ("key", "value")}
     inputs |= {"max_seqlen_q": T, "max_seqlen_k": S, "return_lse": True}
-    inputs |= {"cu_seqlens_q": testing._offsets(q_lengths)}
-    inputs |= {"cu_seqlens_k": testing._offsets(k_lengths).int()}
+    inputs |= {"cu_seqlens_q": testing.offsets(q_lengths)}
+    inputs |= {"cu_seqlens_k": testing.offsets(k_lengths).int()}
     inputs["causal"] = data.draw(st.booleans())
     if data.draw(st.booleans()):
         shape = [data.draw(st.sampled_from([1, n])) for n in (size, H, T, S)]

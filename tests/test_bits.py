@@ -32,7 +32,7 @@ def test_every_run_and_thread_count(cpu, threads, case):
 @pytest.mark.parametrize("lengths", [[65, 3, 130], [1, 70], [333, 333, 12]], ids=str)
 def test_packed_is_alone(cpu, lengths, causal, dtype):
     """A packed sequence gives bitwise what it gives alone, and what it gives behind padding."""
-    cu, longest = testing._offsets(lengths), max(lengths)
+    cu, longest = testing.offsets(lengths), max(lengths)
     D = 40
     q, k, v = (torch.randn(sum(lengths), 3, D).to(dtype) for _ in range(3))
     weights = torch.randn(sum(lengths), 3, D).to(dtype)

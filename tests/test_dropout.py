@@ -61,7 +61,7 @@ def test_masks_do_not_move_it(backend, mask):
 def test_packed_and_padded_masks_agree(backend):
     lengths = [70, 3, 0, 130]
     x = torch.randn(sum(lengths), 2, 16)
-    cu = testing._offsets(lengths)
+    cu = testing.offsets(lengths)
     packed = ft.attention_varlen(x, x, x, cu, cu, 130, 130, dropout_p=0.5, seed=SEED)
     padded = torch.zeros(4, 130, 2, 16)
     inside = torch.arange(130) < torch.tensor(lengths)[:, None]

@@ -23,7 +23,7 @@ LAYERS = [
     {"nn"},
     {"optim"},
     {"testing"},
-    {"accuracy", "timing"},
+    {"accuracy", "attention_cases", "timing"},
     {"ops"},
     {"env"},
     {"reference", "kernels", "backends"},
