@@ -53,7 +53,7 @@ def test_reference_logsumexp():
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"dropout_p": 0.3}, {"bias": True}])
 def test_reference_varlen_is_each_sequence_alone(options):
     q_lengths, k_lengths = [3, 0, 5, 1], [4, 2, 0, 7]
-    cu_q, cu_k = testing.offsets(q_lengths), testing._offsets(k_lengths)
+    cu_q, cu_k = testing.offsets(q_lengths), testing.offsets(k_lengths)
     q = draw(sum(q_lengths), 2, 8, dtype=torch.float64)
     k, v = (draw(sum(k_lengths), 2, 8, dtype=torch.float64) for _ in range(2))
     bias = draw(4, 2, 5, 7, dtype=torch.float64) if options.pop("bias", False) else None

@@ -202,6 +202,8 @@ def whole_rows(bias, S):
     if bias.dim() < 4:
         bias = bias.view(*[1] * (4 - bias.dim()), *bias.shape)
     if bias.shape[-1] != S:
+        # in float32 where it is a number, so that the gradient's sum over keys is rounded once
+        bias = bias if bias.dtype == torch.bool else bias.float()
         bias = bias.expand(*bias.shape[:-1], S).contiguous()
     return cpu.unit_stride(bias)
 
