@@ -26,30 +26,72 @@ def test_every_run_and_thread_count(cpu, threads, case):
             assert_same(testing.evaluate(case.op, inputs, case.wrt), alone)
 
 
+OPTIONS = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window": (40, 9)},
+    "window-causal": {"window": (100, -1), "causal": True},
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.1, 0.02, 0.0])},
+    "softcap": {"softcap": 2.0},
+    "all": {
+        "window": (80, 30),
+        "alibi_slopes": torch.tensor([0.5, 0.1, 0.02, 0.0]),
+        "softcap": 5.0,
+        "causal": True,
+    },
+}
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("lengths", [[65, 3, 130], [1, 70], [333, 333, 12]], ids=str)
-def test_packed_is_alone(cpu, lengths, causal, dtype):
+def test_packed_is_alone(cpu, lengths, kv_heads, options, dtype):
     """A packed sequence gives bitwise what it gives alone, and what it gives behind padding."""
+    options = OPTIONS[options]
     cu, longest = testing.offsets(lengths), max(lengths)
-    D = 40
-    q, k, v = (torch.randn(sum(lengths), 3, D).to(dtype) for _ in range(3))
-    weights = torch.randn(sum(lengths), 3, D).to(dtype)
+    D, value_dim = 40, 40 if kv_heads == 4 else 24
+    widths = (4, D), (kv_heads, D), (kv_heads, value_dim)
+    q, k, v = (torch.randn(sum(lengths), *width).to(dtype) for width in widths)
+    weights = torch.randn(sum(lengths), 4, value_dim).to(dtype)
 
     def gradients(out, leaves, weights):
         return (out.detach(), *torch.autograd.grad(out, leaves, weights))
 
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = ft.attention_varlen(*leaves, cu, cu, longest, longest, causal=causal)
+    out = ft.attention_varlen(*leaves, cu, cu, longest, longest, **options)
     packed = gradients(out, leaves, weights)
     for b in range(len(lengths)):
         span = slice(cu[b], cu[b + 1])
         alone = [x.detach()[span].transpose(0, 1)[None].requires_grad_() for x in (q, k, v)]
-        out = ft.attention(*alone, causal=causal)
+        out = ft.attention(*alone, **options)
         single = gradients(out, alone, weights[span].transpose(0, 1)[None])
         for x, y in zip(packed, single, strict=True):
             assert torch.equal(x[span].transpose(0, 1)[None], y)
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_a_group_is_its_heads(cpu, dtype):
+    """Sharing keys changes no bit of what a head gives with a copy of its own."""
+    q, k, v = (torch.randn(2, heads, 130, 24).to(dtype) for heads in (6, 2, 2))
+    copies = (x.repeat_interleave(3, 1) for x in (k, v))
+    shared = ft.attention(q, k, v, causal=True, return_lse=True)
+    for x, y in zip(shared, ft.attention(q, *copies, causal=True, return_lse=True), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_relative_batch_is_its_items(cpu, dtype):
+    B, H, T, S, D = 3, 2, 65, 130, 24
+    shapes = {"query": (B, H, T, D), "key": (B, H, S, D), "value": (B, H, S, D)}
+    inputs = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    shared = {"position_key": torch.randn(T + S, H, D).to(dtype)}
+    shared["distance_bias"] = torch.randn(H, T + S)
+    together = ft.relative_attention(**inputs, **shared)
+    for b in range(B):
+        item = {name: x[b : b + 1] for name, x in inputs.items()}
+        assert torch.equal(ft.relative_attention(**item, **shared), together[b : b + 1])
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)

@@ -31,6 +31,25 @@ def varlen(x, cu_seqlens):
     return ft.attention_varlen(x, x, x, cu_seqlens, cu_seqlens, longest, longest, causal=True)
 
 
+def options(q, k, v, bias):
+    slopes = torch.linspace(0, 1, 4)
+    return ft.attention(q, k, v, window=(2, 1), alibi_slopes=slopes, softcap=3.0, bias=bias)
+
+
+def relative(q, k, v, position_key, segment_key, both, distance_bias):
+    where = torch.arange(k.shape[2]).expand(k.shape[0], -1)
+    return ft.relative_attention(
+        q, k, v, position_key=position_key, position_zero=5, content_bias=both, position_bias=both,
+        segment_key=segment_key, segment_bias=both, query_segments=where[:, :5] // 2,
+        key_segments=where // 2, distance_bias=distance_bias,
+    )  # fmt: skip
+
+
+def merged(q, k, v):
+    halves = [ft.attention(q, *kv, return_lse=True) for kv in ((k, v), (k[:, :, 2:], v[:, :, 2:]))]
+    return ft.merge_attention(*zip(*halves, strict=True))[0]
+
+
 def block(x, residual, weight, bias, w1, w2):
     h, total = ft.add_norm(x, residual, weight, bias, dropout_p=0.2, seed=SEED, return_sum=True)
     h = ft.mlp(h, w1, None, w2, bias, activation="gelu_tanh", dropout_p=0.2, seed=SEED)
@@ -43,6 +62,18 @@ PROGRAMS = {
     "attention": (attention, lambda n: (leaf(n, 2, 5, 8), leaf(n, 2, 6, 8), leaf(n, 2, 6, 8))),
     "padded": (padded, lambda n: (leaf(n, 2, 5, 8), leaf(n, 2, 6, 8), leaf(n, 2, 6, 8))),
     "varlen": (varlen, lambda n: (leaf(2 * n, 2, 8), torch.tensor([0, n, 2 * n]))),
+    "options": (
+        options,
+        lambda n: (leaf(n, 4, 5, 8), leaf(n, 2, 6, 8), leaf(n, 2, 6, 3), leaf(4, 5, 6)),
+    ),
+    "relative": (
+        relative,
+        lambda n: (
+            *(leaf(n, 2, length, 8) for length in (5, 6, 6)),
+            *(leaf(*shape) for shape in ((11, 2, 8), (2, 2, 8), (2, 8), (2, 11))),
+        ),
+    ),
+    "merged": (merged, lambda n: (leaf(n, 2, 5, 8), leaf(n, 2, 6, 8), leaf(n, 2, 6, 8))),
     "block": (block, lambda n: (leaf(2, n, 8), leaf(2, n, 8), *(leaf(*s) for s in WEIGHTS))),
 }
 
@@ -137,7 +168,7 @@ def test_export(backend, strict, grad):
         assert "fast_transformer.attention_fwd.default" in called
 
 
-@pytest.mark.parametrize("case", ["attention", "padded", "varlen", "block"])
+@pytest.mark.parametrize("case", PROGRAMS)
 def test_fake_tensors_have_the_strides_of_real_ones(backend, case):
     function, make = PROGRAMS[case]
     inputs = make(4)
@@ -157,21 +188,42 @@ def test_meta_tensors(kernels):
     assert ft.attention(x, x, x, dropout_p=0.1, return_lse=True)[1].shape == (2, 3, 5)
 
 
-def operator_calls():
-    q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 6, 6))
+def attention_calls():
+    q, k, v = (torch.randn(2, 4, n, 8) for n in (5, 6, 6))
     lengths, seed = torch.tensor([6, 3], dtype=torch.int32), torch.tensor(5)
-    bias = torch.randn(3, 1, 6).expand(2, 3, 5, 6)
-    options = (bias, lengths - 3, lengths, None, None, seed, 0.3, True, 1, 0.25)
-    out, lse = torch.randn(2, 5, 3, 8).transpose(1, 2), torch.randn(2, 3, 5)
-    softmax = torch.tensor([3.0, 2.0]).expand(2, 3, 5, 2).contiguous()
+    bias = torch.randn(4, 1, 6)[None]
+    none = (None,) * 7
+    options = (bias, lengths - 3, lengths, None, None, seed, *none)
+    options += (0.3, True, 1, -1, -1, 0.0, 0, 0.25)
+    out, lse = torch.randn(2, 5, 4, 8).transpose(1, 2), torch.randn(2, 4, 5)
+    softmax = torch.tensor([3.0, 2.0]).expand(2, 4, 5, 2).contiguous()
     yield "attention_fwd", (q, k, v, *options, True)
-    yield "attention_bwd", (out, lse, q, k, v, out, softmax, *options)
+    for need_dbias in (False, True):
+        yield "attention_bwd", (out, lse, q, k, v, out, softmax, *options, need_dbias)
+
+    shared, narrow = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 3)
+    options = (None,) * 6 + (torch.rand(1, 4), *none[1:], 0.3, False, None, 2, 3, 1.5, 0, 0.0)
+    out = torch.randn(2, 5, 4, 3).transpose(1, 2)
+    yield "attention_fwd", (q, shared, narrow, *options, True)
+    yield "attention_bwd", (out, lse, q, shared, narrow, out, softmax, *options, False)
+
+    segments = (torch.arange(n, dtype=torch.int32).expand(2, n).contiguous() for n in (5, 6))
+    relative = (torch.randn(4, 11), q + 1, torch.randn(1, 4, 11, 8), torch.randn(2, 4, 5, 2))
+    options = (None,) * 7 + (*relative, *segments, 0.3, False, None, -1, -1, 0.0, 5, 0.0)
+    out = torch.randn(2, 5, 4, 8).transpose(1, 2)
+    yield "attention_fwd", (q, k, v, *options, False)
+    yield "attention_bwd", (out, None, q, k, v, out, softmax, *options, False)
+
     packed, cu = torch.randn(1, 3, 6, 8), torch.tensor([0, 2, 6], dtype=torch.int32)
-    options = (None, None, None, cu, cu, None, 0.3, False, None, 0.0)
+    options = (None, None, None, cu, cu, None, *none, 0.3, False, None, -1, -1, 0.0, 0, 0.0)
     out, softmax = torch.randn(1, 6, 3, 8).transpose(1, 2), torch.ones(1, 3, 6, 2)
     yield "attention_fwd", (packed, packed, packed, *options, False)
-    yield "attention_bwd", (out, None, packed, packed, packed, out, softmax, *options)
+    yield "attention_bwd", (out, None, packed, packed, packed, out, softmax, *options, False)
 
+
+def operator_calls():
+    yield from attention_calls()
+    seed = torch.tensor(5)
     x, w, mean = torch.randn(2, 3, 8), torch.randn(8), torch.randn(6)
     yield "norm_fwd", (x, None, w, w, None, 1e-5, 0.0, False)
     yield "norm_fwd", (x, x + 1, None, None, seed, 1e-5, 0.5, True)

@@ -39,7 +39,7 @@ def test_mask_is_philox(backend, shape, dropout_p, dtype):
     torch.testing.assert_close(out, expected.to(dtype), atol=0, rtol=2 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("mask", ["causal", "lengths", "starts", "bias"])
+@pytest.mark.parametrize("mask", ["causal", "lengths", "starts", "bias", "window"])
 def test_masks_do_not_move_it(backend, mask):
     B, H, T, S = 2, 2, 70, 130
     column = torch.arange(S)
@@ -49,7 +49,11 @@ def test_masks_do_not_move_it(backend, mask):
         "lengths": ({"key_lengths": torch.tensor([100, 130])}, None),
         "starts": ({"key_starts": torch.tensor([65, 3])}, None),
         "bias": ({"bias": allowed}, allowed),
+        "window": ({"window": (20, 70)}, None),
     }[mask]
+    if mask == "window":
+        ahead = column - torch.arange(T)[:, None] - (S - T)
+        seen = (ahead >= -20) & (ahead <= 70)
     if mask == "lengths":
         seen = (column < options["key_lengths"][:, None])[:, None, None]
     if mask == "starts":

@@ -87,16 +87,15 @@ ATTENTION = [
         "attention: key has head_dim 4 but query has 8; they must match.",
     ),
     (
-        attention(k=t(2, 1, 7, 8), v=t(2, 1, 7, 8)),
+        attention(k=t(2, 2, 7, 8), v=t(2, 2, 7, 8)),
         ValueError,
-        "attention: key has 1 heads but query has 3; they must match (grouped-query attention is "
-        "not implemented yet).",
+        "attention: key has 2 heads but query has 3; key's must divide query's.",
     ),
     (
-        attention(v=t(2, 3, 7, 6)),
+        attention(v=t(2, 3, 6, 8)),
         ValueError,
-        "attention: value has shape (2, 3, 7, 6) but key has (2, 3, 7, 8); they must match (a "
-        "head_dim of value's own is not implemented yet).",
+        "attention: value has shape (2, 3, 6, 8) but key has (2, 3, 7, 8); they must match but for "
+        "head_dim.",
     ),
     (
         attention(k=t(1, 3, 7, 8), v=t(1, 3, 7, 8)),
@@ -117,7 +116,8 @@ ATTENTION = [
     (
         attention(causal_offset=2),
         ValueError,
-        "attention: causal_offset is 2 but causal is False.",
+        "attention: causal_offset is 2 but causal is False, and there is neither a window nor "
+        "alibi_slopes.",
     ),
     (
         attention(causal=True, causal_offset=2**63 - 1),
