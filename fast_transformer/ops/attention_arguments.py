@@ -113,7 +113,7 @@ def _alibi(op, slopes, query, batch):
         )
     arguments.same_device(op, "alibi_slopes", slopes, "query", query)
     heads = query.shape[1]
-    if tuple(slopes.shape) not in ((heads,), (batch, heads)):
+    if slopes.shape != (heads,) and slopes.shape != (batch, heads):
         raise ValueError(
             f"{op}: alibi_slopes has shape {tuple(slopes.shape)}; it must be (heads,) or "
             f"(batch, heads) = ({batch}, {heads})."
@@ -136,7 +136,8 @@ def bias(op, bias, query, grid):
         )
     arguments.same_device(op, "bias", bias, "query", query)
     aligned = zip(reversed(bias.shape), reversed(grid), strict=False)
-    if bias.dim() > 4 or any(size not in (1, full) for size, full in aligned):
+    # no `in`: Dynamo takes symbolic sizes of equal value for different ones there
+    if bias.dim() > 4 or any(size != 1 and size != full for size, full in aligned):
         raise ValueError(
             f"{op}: bias has shape {tuple(bias.shape)}; it must broadcast to "
             f"(batch, heads, T, S) = {tuple(grid)}."

@@ -42,7 +42,7 @@ def tables(query, key, position_key, segment_key, distance_bias, **biases):
         if x is None:
             continue
         arguments.like(OP, name, x, "query", query)
-        if x.dim() != 3 or tuple(x.shape[1:]) != (H, D) or first not in ("L", x.shape[0]):
+        if x.dim() != 3 or x.shape[1:] != (H, D) or (first == 2 and x.shape[0] != 2):
             raise ValueError(
                 f"{OP}: {name} has shape {tuple(x.shape)}; it must be ({first}, heads, head_dim) = "
                 f"({first}, {H}, {D})."
@@ -56,7 +56,7 @@ def tables(query, key, position_key, segment_key, distance_bias, **biases):
         if x is None:
             continue
         arguments.like(OP, name, x, "query", query)
-        if tuple(x.shape) != (H, D):
+        if x.shape != (H, D):
             raise ValueError(
                 f"{OP}: {name} has shape {tuple(x.shape)}; it must be (heads, head_dim) = "
                 f"({H}, {D})."
@@ -79,7 +79,7 @@ def _distance_bias(x, query):
             f"query's {arguments.short(query.dtype)}."
         )
     arguments.same_device(OP, "distance_bias", x, "query", query)
-    if x.dim() != 2 or x.shape[0] not in (1, query.shape[1]):
+    if x.dim() != 2 or (x.shape[0] != 1 and x.shape[0] != query.shape[1]):
         raise ValueError(
             f"{OP}: distance_bias has shape {tuple(x.shape)}; it must be (heads, L) = "
             f"({query.shape[1]}, L), or (1, L)."
@@ -120,7 +120,7 @@ def segments(name, x, shape, query):
             f"{OP}: {name} has dtype {arguments.short(x.dtype)}; accepted are int32 and int64."
         )
     arguments.same_device(OP, name, x, "query", query)
-    if tuple(x.shape) != shape:
+    if x.shape != shape:
         raise ValueError(
             f"{OP}: {name} has shape {tuple(x.shape)}; it must be (batch, length) = {shape}."
         )
