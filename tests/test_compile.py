@@ -64,7 +64,7 @@ PROGRAMS = {
     "varlen": (varlen, lambda n: (leaf(2 * n, 2, 8), torch.tensor([0, n, 2 * n]))),
     "options": (
         options,
-        lambda n: (leaf(n, 4, 5, 8), leaf(n, 2, 6, 8), leaf(n, 2, 6, 3), leaf(4, 5, 6)),
+        lambda n: (leaf(n, 4, 5, 8), leaf(n, 2, 6, 8), leaf(n, 2, 6, 9), leaf(4, 5, 6)),
     ),
     "relative": (
         relative,
