@@ -10,7 +10,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bench_attention, bench_calls, bench_mlp, bench_models, bench_norm
+from benchmarks import (
+    bench_attention,
+    bench_calls,
+    bench_mlp,
+    bench_models,
+    bench_norm,
+    bench_relative,
+)
 from benchmarks.contest import DTYPES, Result, compete, grid, with_compiled
 from fast_transformer.timing import (
     Timing,
@@ -21,7 +28,7 @@ from fast_transformer.timing import (
     steady,
 )
 
-OPS = {suite.SUITE: suite for suite in (bench_attention, bench_norm, bench_mlp)}
+OPS = {suite.SUITE: suite for suite in (bench_attention, bench_relative, bench_norm, bench_mlp)}
 SUITES = [*OPS, bench_calls.SUITE, bench_models.SUITE]
 HEADER = f"{'case':38} {'dtype':5} {'pass':8} {'ours':>16} {'best peer':>26} {'ratio':>6}"
 

@@ -29,6 +29,7 @@ def benchmarks(*arguments, before=""):
     [
         ("attention", "full-T63-D64"),
         ("attention", "causal-T77-D64"),
+        ("relative", "xlnet-128x128"),
         ("norm", "add-dropout-1x768"),
         ("mlp", "mlp-1x384"),
     ],
@@ -69,19 +70,23 @@ def test_a_wrong_answer_has_no_speed(tmp_path):
 @pytest.fixture
 def suites(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import bench_attention, bench_mlp, bench_norm
+    from benchmarks import bench_attention, bench_mlp, bench_norm, bench_relative
 
-    return {suite.SUITE: suite for suite in (bench_attention, bench_norm, bench_mlp)}
+    suites = (bench_attention, bench_relative, bench_norm, bench_mlp)
+    return {suite.SUITE: suite for suite in suites}
 
 
 def small(case):
     """The case on a shape of no consequence; what it computes stays."""
     if case.family == "attention":
-        return dataclasses.replace(case, shape=(3, 2, 33, 33, 16))
+        return dataclasses.replace(case, shape=(3, 2 * (case.kv_heads or 1), 33, 33, 16))
+    if case.family == "relative":
+        _, _, T, S, _ = case.shape
+        return dataclasses.replace(case, shape=(2, 2, 33, 33 * S // T, 16))
     return dataclasses.replace(case, shape=tuple(5 + i for i in range(len(case.shape))))
 
 
-@pytest.mark.parametrize("suite", ["attention", "norm", "mlp"])
+@pytest.mark.parametrize("suite", ["attention", "relative", "norm", "mlp"])
 def test_peers_compute_the_same(suites, suite):
     for case in map(small, suites[suite].CASES):
         if case.dropout_p > 0:
