@@ -34,6 +34,16 @@ def test_code_of_the_readme_runs(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_code_of_relative_attention_runs(tmp_path):
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/relative.md").read_text(), re.M | re.S
+    )
+    program = tmp_path / "relative.py"
+    program.write_text("\n".join(blocks) + "\nassert table.grad.abs().sum() > 0\n")
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
 def test_examples_run(path):
     done = run(path)

@@ -31,6 +31,26 @@ def test_shards_are_the_whole(backend, sizes, stacked):
     )
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": True}, {"window": (4, 1)}, {"alibi_slopes": torch.tensor([1.0, 0.5, 0.1])}],
+    ids=lambda options: next(iter(options)),
+)
+def test_shards_along_one_diagonal(backend, options):
+    """Each is told where the diagonal of the whole runs among its own keys."""
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 12, 12))
+    whole = ft.attention(q, k, v, return_lse=True, **options)
+    first = 0
+    parts = []
+    for keys, values in zip(k.split([7, 3, 2], 2), v.split([7, 3, 2], 2), strict=True):
+        offset = 12 - 5 - first
+        parts.append(
+            ft.attention(q, keys, values, causal_offset=offset, return_lse=True, **options)
+        )
+        first += keys.shape[2]
+    torch.testing.assert_close(ft.merge_attention(*zip(*parts, strict=True)), whole)
+
+
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_dtypes(backend, dtype):
     _, whole, (outs, lses) = shards([60, 70], dtype)
