@@ -208,18 +208,30 @@ def whole_rows(bias, S):
     return cpu.unit_stride(bias)
 
 
-def run(backend, query, key, value, bias, *rest):
-    """Run a backend with autograd above it where needed; `rest` as `BACKENDS` lists it."""
-    query, key, value = cpu.unit_stride(query), cpu.unit_stride(key), cpu.unit_stride(value)
+def run(
+    backend, query, key, value, bias, key_starts, key_lengths, cu_seqlens_q, cu_seqlens_k, seed,
+    alibi_slopes, distance_bias, position_query, position_key, segment_scores, query_segments,
+    key_segments, *options,
+):  # fmt: skip
+    """Run a backend, with autograd above it where needed; arguments as `BACKENDS` lists them."""
+    tensors = (
+        cpu.unit_stride(query), cpu.unit_stride(key), cpu.unit_stride(value), bias,
+        key_starts, key_lengths, cu_seqlens_q, cu_seqlens_k, seed,
+        alibi_slopes, distance_bias, position_query, position_key, segment_scores, query_segments,
+        key_segments,
+    )  # fmt: skip
     if torch.is_grad_enabled() and (
         query.requires_grad
         or key.requires_grad
         or value.requires_grad
         or (bias is not None and bias.requires_grad)
-        or any(x is not None and x.requires_grad for x in rest[6:10])
+        or (distance_bias is not None and distance_bias.requires_grad)
+        or (position_query is not None and position_query.requires_grad)
+        or (position_key is not None and position_key.requires_grad)
+        or (segment_scores is not None and segment_scores.requires_grad)
     ):
-        return cpu.apply(_Attention, backend, query, key, value, bias, *rest)
-    return BACKENDS[backend].forward(query, key, value, bias, *rest, False)[:2]
+        return cpu.apply(_Attention, backend, options, *tensors)
+    return BACKENDS[backend].forward(*tensors, *options, False)[:2]
 
 
 _forward, _backward = cpu.operator("attention_fwd"), cpu.operator("attention_bwd")
@@ -242,11 +254,11 @@ BACKENDS = {
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, query, key, value, *rest):
-        out, lse, softmax = BACKENDS[backend].forward(query, key, value, *rest, True)
+    def forward(ctx, backend, options, query, key, value, *others):
+        out, lse, softmax = BACKENDS[backend].forward(query, key, value, *others, *options, True)
         ctx.set_materialize_grads(False)
-        ctx.backend, ctx.options = backend, rest[13:]
-        ctx.save_for_backward(query, key, value, out, softmax, *rest[:13])
+        ctx.backend, ctx.options = backend, options
+        ctx.save_for_backward(query, key, value, out, softmax, *others)
         return out, lse
 
     @staticmethod
@@ -254,14 +266,14 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse):
         saved = ctx.saved_tensors
         grad_out = torch.zeros_like(saved[3]) if grad_out is None else cpu.unit_stride(grad_out)
-        needed = ctx.needs_input_grad
-        grads = BACKENDS[ctx.backend].backward(grad_out, grad_lse, *saved, *ctx.options, needed[4])
+        needed = ctx.needs_input_grad[2:]
+        grads = BACKENDS[ctx.backend].backward(grad_out, grad_lse, *saved, *ctx.options, needed[3])
         dq, dk, dv, dbias, *of_positions = (
-            g if n else None for g, n in zip(grads, (*needed[1:5], *needed[11:15]), strict=True)
+            g if n else None for g, n in zip(grads, (*needed[:4], *needed[10:14]), strict=True)
         )
         if dbias is not None:
             dbias = dbias.to(saved[5].dtype)
-        return None, dq, dk, dv, dbias, *[None] * 6, *of_positions, *[None] * 10
+        return None, None, dq, dk, dv, dbias, *[None] * 6, *of_positions, None, None
 
 
 def _head_minor(x, head_dim):

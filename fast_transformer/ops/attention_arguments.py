@@ -34,26 +34,29 @@ def inputs(op, query, key, value, layout):
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dim() != rank:
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; it must be {layout}.")
-        if x.shape[-1] == 0:
-            raise ValueError(f"{op}: {name} has head_dim 0; it must be at least 1.")
-    if key.shape[-1] != query.shape[-1]:
+    of_query, of_key, of_value = query.shape, key.shape, value.shape
+    if of_query[-1] == 0:
+        raise ValueError(f"{op}: query has head_dim 0; it must be at least 1.")
+    if of_key[-1] != of_query[-1]:
         raise ValueError(
-            f"{op}: key has head_dim {key.shape[-1]} but query has {query.shape[-1]}; "
-            "they must match."
+            f"{op}: key has head_dim {of_key[-1]} but query has {of_query[-1]}; they must match."
         )
-    heads, kv_heads = query.shape[1], key.shape[1]
+    heads, kv_heads = of_query[1], of_key[1]
     if kv_heads != heads and (kv_heads == 0 or heads % kv_heads):
         raise ValueError(
             f"{op}: key has {kv_heads} heads but query has {heads}; key's must divide query's."
         )
-    if value.shape != key.shape and value.shape[:-1] != key.shape[:-1]:
+    if of_value != of_key:
+        if of_value[:-1] != of_key[:-1]:
+            raise ValueError(
+                f"{op}: value has shape {tuple(of_value)} but key has {tuple(of_key)}; they must "
+                "match but for head_dim."
+            )
+        if of_value[-1] == 0:
+            raise ValueError(f"{op}: value has head_dim 0; it must be at least 1.")
+    if rank == 4 and of_key[0] != of_query[0]:
         raise ValueError(
-            f"{op}: value has shape {tuple(value.shape)} but key has {tuple(key.shape)}; they must "
-            "match but for head_dim."
-        )
-    if rank == 4 and key.shape[0] != query.shape[0]:
-        raise ValueError(
-            f"{op}: key has batch {key.shape[0]} but query has {query.shape[0]}; they must match."
+            f"{op}: key has batch {of_key[0]} but query has {of_query[0]}; they must match."
         )
 
 
