@@ -265,7 +265,12 @@ def _run(backend, query, key, value, *rest):
         query.requires_grad or key.requires_grad or value.requires_grad
     ):
         return cpu.apply(_Attention, backend, query, key, value, *rest)
-    return BACKENDS[backend].forward(query, key, value, *rest, False)[:2]
+    return BACKENDS[backend].forward(query, key, value, *_all(rest), False)[:2]
+
+
+def _all(rest):
+    """With the options that are not offered yet."""
+    return (*rest[:6], *[None] * 7, *rest[6:9], -1, -1, 0.0, 0, rest[9])
 
 
 def _cpu_unsupported(tensors):
@@ -290,7 +295,7 @@ BACKENDS = {
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, query, key, value, *rest):
-        out, lse, softmax = BACKENDS[backend].forward(query, key, value, *rest, True)
+        out, lse, softmax = BACKENDS[backend].forward(query, key, value, *_all(rest), True)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.options = backend, rest[6:]
         ctx.save_for_backward(query, key, value, out, softmax, *rest[:6])
@@ -301,7 +306,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse):
         saved = ctx.saved_tensors
         grad_out = torch.zeros_like(saved[3]) if grad_out is None else cpu.unit_stride(grad_out)
-        grads = BACKENDS[ctx.backend].backward(grad_out, grad_lse, *saved, *ctx.options)
+        rest = _all((*saved[5:], *ctx.options))
+        grads = BACKENDS[ctx.backend].backward(grad_out, grad_lse, *saved[:5], *rest, False)[:3]
         needed = ctx.needs_input_grad[1:4]
         return None, *(g if n else None for g, n in zip(grads, needed, strict=True)), *[None] * 10
 
@@ -321,4 +327,5 @@ def _attention_fwd_fake(query, key, value, *rest):
 
 @cpu.fake("attention_bwd")
 def _attention_bwd_fake(grad_out, grad_lse, query, key, value, *rest):
-    return _head_minor(query), _head_minor(key), _head_minor(value)
+    nothing = query.new_empty(0, dtype=torch.float32)
+    return (_head_minor(query), _head_minor(key), _head_minor(value), *[nothing] * 5)
