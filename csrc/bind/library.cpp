@@ -36,17 +36,26 @@ const Kernels& kernels() {
 }  // namespace ft::bind
 
 STABLE_TORCH_LIBRARY(fast_transformer, m) {
-  // seed is given iff dropout_p > 0. bias and the sequences' bounds are as in common/attention.h.
+  // seed is given iff dropout_p > 0. What the rest means is in common/attention.h. What is not
+  // needed has no elements.
   m.def(
       "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? key_starts, "
-      "Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, float scale, "
-      "bool causal, int? causal_offset, float dropout_p, bool save_softmax) "
+      "Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, "
+      "Tensor? alibi_slopes, Tensor? distance_bias, Tensor? position_query, Tensor? position_key, "
+      "Tensor? segment_scores, Tensor? query_segments, Tensor? key_segments, float scale, "
+      "bool causal, int? causal_offset, int window_left, int window_right, float softcap, "
+      "int position_zero, float dropout_p, bool save_softmax) "
       "-> (Tensor out, Tensor lse, Tensor softmax)");
   m.def(
       "attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
       "Tensor out, Tensor softmax, Tensor? bias, Tensor? key_starts, Tensor? key_lengths, "
-      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, float scale, bool causal, "
-      "int? causal_offset, float dropout_p) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed, Tensor? alibi_slopes, "
+      "Tensor? distance_bias, Tensor? position_query, Tensor? position_key, "
+      "Tensor? segment_scores, Tensor? query_segments, Tensor? key_segments, float scale, "
+      "bool causal, int? causal_offset, int window_left, int window_right, float softcap, "
+      "int position_zero, float dropout_p, bool need_dbias) -> (Tensor dq, Tensor dk, Tensor dv, "
+      "Tensor dbias, Tensor ddistance_bias, Tensor dposition_query, Tensor dposition_key, "
+      "Tensor dsegment_scores)");
 
   m.def(
       "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, float eps, "

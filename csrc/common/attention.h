@@ -1,6 +1,12 @@
 // What an attention kernel is told. Dimension letters: B batch, H heads, T query length, S key
-// length, D head_dim. Row i may attend to key j iff
-//   key_starts[b] <= j < key_lengths[b]   and   (not causal or j <= i + causal_offset).
+// length, D head_dim. Row i of a sequence may attend to key j iff
+//   key_starts[b] <= j < key_lengths[b],   not causal or j <= i + offset,
+//   i + offset - window_left <= j <= i + offset + window_right,
+// where offset is causal_offset, by default S - T. Its score is, in this order,
+//   s = q_i . k_j  (+ position_query_i . position_key[z + j - i])  (+ segment_scores[i][differ])
+//   s = softcap * tanh(scale * s / softcap),   or scale * s
+//   s += bias[i][j] + distance_bias[z + j - i] - alibi_slope * |i + offset - j|
+// with z = position_zero, and differ = whether the segments of i and j do.
 #pragma once
 #include "philox.h"
 #include "types.h"
@@ -10,7 +16,9 @@ namespace ft {
 struct AttentionParams {
   DType dtype = DType::kFloat32;
   int64_t batch = 0, heads = 0, q_len = 0, kv_len = 0, head_dim = 0;
-  HeadsView query, key, value;  // (B, H, T | S, D)
+  int64_t kv_heads = 0;         // divides heads: head h reads key head h / (heads / kv_heads)
+  int64_t value_dim = 0;        // of value and out
+  HeadsView query, key, value;  // (B, H | kv_heads, T | S, D | value_dim)
   HeadsView out;                // written by forward, read by backward
   float* lse = nullptr;         // (B, H, T), natural logarithm; -inf where a row has no key
   // (B, H, T, 2): what forward subtracts from a row's scores, and the sum of its exponentials
@@ -27,19 +35,39 @@ struct AttentionParams {
 
   HeadsView bias;  // (B, H, T, S), stride 0 where broadcast
   DType bias_dtype = DType::kFloat32;
+  const float* alibi_slopes = nullptr;  // (B, H), alibi_stride 0 where broadcast over B
+  int64_t alibi_stride = 0;
+
+  // Relative positions. Row p of position_key and element p of distance_bias stand for
+  // j - i = p - position_zero; positions counts them.
+  int64_t position_zero = 0, positions = 0;
+  const float* distance_bias = nullptr;     // (H, positions)
+  HeadsView position_query;                 // (B, H, T, D)
+  HeadsView position_key;                   // (1, H, positions, D)
+  const float* segment_scores = nullptr;    // (B, H, T, 2)
+  const int32_t* query_segments = nullptr;  // (B, T)
+  const int32_t* key_segments = nullptr;    // (B, S)
 
   double scale = 1.0;
+  double softcap = 0.0;  // 0: none
   bool causal = false;
   bool default_offset = true;  // causal_offset is S - T of each sequence
   int64_t causal_offset = 0;
+  int64_t window_left = -1, window_right = -1;  // -1: unbounded
   Dropout dropout;
 };
 
 struct AttentionGradParams {
   AttentionParams forward;
-  HeadsView grad_out;               // (B, H, T, D)
+  HeadsView grad_out;               // (B, H, T, value_dim)
   const float* grad_lse = nullptr;  // (B, H, T)
   HeadsView dq, dk, dv;             // written
+  // The rest is added to, and zero before; absent where it is not wanted.
+  HeadsView dbias;                   // float32; stride 0 where bias is broadcast
+  float* ddistance_bias = nullptr;   // (H, positions)
+  float* dsegment_scores = nullptr;  // (B, H, T, 2)
+  HeadsView dposition_query;         // (B, H, T, D), written
+  HeadsView dposition_key;           // (1, H, positions, D), written
 };
 
 }  // namespace ft

@@ -5,6 +5,7 @@
 #pragma once
 #include "dropout.h"
 #include "mask.h"
+#include "pack.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "softmax.h"

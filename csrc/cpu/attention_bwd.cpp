@@ -1,16 +1,18 @@
 // Gradients of attention without the (T x S) matrix (Dao et al. 2022, algorithm 4): P is made again
 // from each row's maximum and sum, a tile of queries x keys at a time.
 //
-//   P  = softmax(Q Kᵀ · scale + bias)       dV = drop(P)ᵀ dO
+//   P  = softmax(scores)                    dV = drop(P)ᵀ dO
 //   dS = P ∘ (drop(dO Vᵀ) − delta + dlse)   dQ = scale · dS K,  dK = scale · dSᵀ Q
 //   delta = rowsum(dO ∘ O)
 //
+// dS is the gradient of a bias; softcap's derivative comes between it and dQ, dK.
 // Cost of one head: 10 T S D FLOPs (causal: half), T S exponentials, reads (3 T + 2 S) D elements
-// and writes (T + 2 S) D; memory O((T + S) D). One unit of work is one head, so every sum has one
-// order.
+// and writes (T + 2 S) D; memory O((T + S) D). One unit of work is all that adds to one gradient,
+// so every sum has one order.
 #include <algorithm>
+#include <type_traits>
 
-#include "attention_blocks.h"
+#include "positions_grad.h"
 
 namespace ft::FT_ISA {
 namespace {
@@ -19,7 +21,8 @@ template <typename T>
 class Worker {
   using D = Dot<T>;
   using Lane = typename D::Lane;
-  static constexpr bool kInPlace = D::kPerLane == 1;  // floats are lanes as they stand
+  static constexpr bool kInPlace = D::kPerLane == 1;       // floats are lanes as they stand
+  using Element = std::conditional_t<kInPlace, float, T>;  // of P and dS, as products read them
   static constexpr int64_t kKeys = BackwardBlocks::kKeys, kQueries = BackwardBlocks::kQueries;
   static constexpr int64_t kTileLd = kKeys + kWidth;
 
@@ -28,243 +31,343 @@ class Worker {
       : g_(g),
         p_(g.forward),
         dim_(p_.head_dim),
+        value_dim_(p_.value_dim),
         depth_(lanes<D>(dim_)),
+        value_depth_(lanes<D>(value_dim_)),
         padded_dim_(round_up(dim_, kWidth)),
-        power_(softmax_factor(p_)),
+        padded_value_dim_(round_up(value_dim_, kWidth)),
+        group_(p_.heads / p_.kv_heads),
+        scores_of_(p_),
+        terms_(g.dbias || g.ddistance_bias || g.dsegment_scores || scores_of_.capped()),
+        power_(scores_of_.factor()),
         query_space_(round_up(longest.queries, kQueries)),
-        scratch_(ScratchSize::of([&](auto& size) { take_all(size); })) {
-    take_all(scratch_);
+        query_room_(panels(dim_) * panel_size<D>(query_space_)),
+        grad_room_(panels(value_dim_) * panel_size<D>(query_space_)),
+        scratch_(ScratchSize::of([&](auto& size) { take_all(size, longest); })) {
+    take_all(scratch_, longest);
   }
 
-  void run(const Sequence& s, int64_t head) {
-    const KeyLimit limit(p_, s);
-    pack_queries(s, head);
-    std::fill_n(dq_, s.q_len * padded_dim_, 0.0f);
-    for (int64_t key = 0; key < s.kv_len; key += kKeys) {
-      block_of_keys(s, limit, head, key, std::min(kKeys, s.kv_len - key));
-    }
-    const auto scale = static_cast<float>(p_.scale);
-    for (int64_t i = 0; i < s.q_len; ++i) {
-      T* dq = mutable_row<T>(g_.dq, s.batch, head, s.first_query + i);
-      store_scaled(dq, dq_ + i * padded_dim_, scale);
-    }
+  // All sequences [begin, end) of one key head.
+  void run(int64_t begin, int64_t end, int64_t kv_head) {
+    position_grads_.begin_head(p_);
+    for (int64_t b = begin; b < end; ++b) run(Sequence(p_, b), kv_head);
+    position_grads_.end_head(g_, kv_head);
   }
 
  private:
   template <typename From>
-  void take_all(From& from) {
-    const int64_t panel = panels(dim_) * panel_size<D>(query_space_);
-    query_rows_ = from.template take<Lane>(query_space_ * depth_ + kWidth);
-    grad_rows_ = from.template take<Lane>(query_space_ * depth_ + kWidth);
-    query_panels_ = from.template take<Lane>(panel);
-    grad_panels_ = from.template take<Lane>(panel);
-    dq_ = from.template take<float>(query_space_ * padded_dim_);
-    delta_ = from.template take<float>(query_space_);
-    grad_lse_ = from.template take<float>(query_space_);
+  void take_all(From& from, const Longest& longest) {
+    query_rows_ = from.template take<Lane>(group_ * query_space_ * depth_ + kWidth);
+    grad_rows_ = from.template take<Lane>(group_ * query_space_ * value_depth_ + kWidth);
+    query_panels_ = from.template take<Lane>(group_ * query_room_);
+    grad_panels_ = from.template take<Lane>(group_ * grad_room_);
+    dq_ = from.template take<float>(group_ * query_space_ * padded_dim_);
+    delta_ = from.template take<float>(group_ * query_space_);
+    grad_lse_ = from.template take<float>(group_ * query_space_);
     key_panels_ = from.template take<Lane>(panels(kKeys) * panel_size<D>(dim_));
-    value_panels_ = from.template take<Lane>(panels(kKeys) * panel_size<D>(dim_));
+    value_panels_ = from.template take<Lane>(panels(kKeys) * panel_size<D>(value_dim_));
     key_natural_ = from.template take<Lane>(panels(dim_) * panel_size<D>(kKeys));
     dk_ = from.template take<float>(kKeys * padded_dim_);
-    dv_ = from.template take<float>(kKeys * padded_dim_);
+    dv_ = from.template take<float>(kKeys * padded_value_dim_);
     p_tile_ = from.template take<float>(kQueries * kTileLd);
     ds_tile_ = from.template take<float>(kQueries * kTileLd);
-    rows_ = from.template take<T>(kInPlace ? 0 : 2 * kQueries * kTileLd);
+    p_rows_ = from.template take<T>(kInPlace ? 0 : kQueries * kTileLd);
+    ds_rows_ = from.template take<T>(kInPlace ? 0 : kQueries * kTileLd);
     columns_ = from.template take<Lane>(
         kInPlace ? 0 : packed_columns<D>(round_up(kKeys, D::kTileRows), lanes<D>(kQueries)));
     draws_ = from.template take<uint16_t>(draw_space(kKeys));
+    slopes_ = from.template take<float>(scores_of_.capped() ? kTileLd : 0);
+    positions_.take_all(from, p_, longest, kQueries, kKeys);
+    position_grads_.take_all(from, p_, longest, kQueries, kKeys);
   }
 
-  // Q and dO of the head both ways round, delta and dlse of its rows.
-  void pack_queries(const Sequence& s, int64_t head) {
+  void run(const Sequence& s, int64_t kv_head) {
+    const KeyRange range(p_, s);
+    const int64_t first_head = kv_head * group_;
+    for (int64_t g = 0; g < group_; ++g) {
+      pack_queries(s, first_head + g, g);
+      std::fill_n(dq_ + g * query_space_ * padded_dim_, s.q_len * padded_dim_, 0.0f);
+    }
+    positions_.pack_keys(p_, s, kv_head, 0, s.q_len, 0, s.kv_len);
+    position_grads_.begin_sequence(p_, s, kv_head, positions_);
+    for (int64_t key = 0; key < s.kv_len; key += kKeys) {
+      block_of_keys(s, range, kv_head, key, std::min(kKeys, s.kv_len - key));
+    }
+    for (int64_t g = 0; g < group_; ++g) {
+      const float* dq = dq_ + g * query_space_ * padded_dim_;
+      for (int64_t i = 0; i < s.q_len; ++i) {
+        store_scaled(mutable_row<T>(g_.dq, s.batch, first_head + g, s.first_query + i),
+                     dq + i * padded_dim_, dim_, static_cast<float>(p_.scale));
+      }
+    }
+    position_grads_.end_sequence(g_, s, kv_head);
+    clear_padding(s, kv_head);
+  }
+
+  // Keys outside [key_starts, key_lengths) belong to no sequence, and get no gradient.
+  void clear_padding(const Sequence& s, int64_t kv_head) {
+    if (p_.cu_seqlens_k) return;
+    for (int64_t j = 0; j < p_.kv_len; ++j) {
+      if (j >= s.first_key && j < s.first_key + s.kv_len) continue;
+      store_zeros(mutable_row<T>(g_.dk, s.batch, kv_head, j), dim_);
+      store_zeros(mutable_row<T>(g_.dv, s.batch, kv_head, j), value_dim_);
+    }
+  }
+
+  // Q and dO of the head, the g-th of its group, both ways round; delta and dlse of its rows.
+  void pack_queries(const Sequence& s, int64_t head, int64_t g) {
     const T* q = row<T>(p_.query, s.batch, head, s.first_query);
     const T* grad = row<T>(g_.grad_out, s.batch, head, s.first_query);
     const int64_t q_ld = p_.query.stride[2], grad_ld = g_.grad_out.stride[2];
+    const int64_t first = g * query_space_;
     query_panel_ = panel_size<D>(s.q_len);
-    pack_rows<D>(q, q_ld, s.q_len, dim_, query_rows_, depth_);
-    pack_rows<D>(grad, grad_ld, s.q_len, dim_, grad_rows_, depth_);
-    pack_natural<D>(q, q_ld, dim_, s.q_len, query_panels_);
-    pack_natural<D>(grad, grad_ld, dim_, s.q_len, grad_panels_);
+    pack_rows<D>(q, q_ld, s.q_len, dim_, query_rows_ + first * depth_, depth_);
+    pack_rows<D>(grad, grad_ld, s.q_len, value_dim_, grad_rows_ + first * value_depth_,
+                 value_depth_);
+    pack_natural<D>(q, q_ld, dim_, s.q_len, query_panels_ + g * query_room_);
+    pack_natural<D>(grad, grad_ld, value_dim_, s.q_len, grad_panels_ + g * grad_room_);
     const T* out = row<T>(p_.out, s.batch, head, s.first_query);
     const int64_t out_ld = p_.out.stride[2];
     const int64_t at = (s.batch * p_.heads + head) * p_.q_len + s.first_query;
     for (int64_t i = 0; i < s.q_len; ++i) {
       Vec total = zero();
-      for (int64_t d = 0; d < dim_; d += kWidth) {
-        const int64_t left = dim_ - d;
+      for (int64_t d = 0; d < value_dim_; d += kWidth) {
+        const int64_t left = value_dim_ - d;
         total = fma(load(out + i * out_ld + d, left), load(grad + i * grad_ld + d, left), total);
       }
-      delta_[i] = sum(total);
-      grad_lse_[i] = g_.grad_lse ? g_.grad_lse[at + i] : 0.0f;
-      if (p_.softmax[2 * (at + i) + 1] == 0.0f) forget(i, s.q_len);
+      delta_[first + i] = sum(total);
+      grad_lse_[first + i] = g_.grad_lse ? g_.grad_lse[at + i] : 0.0f;
+      if (p_.softmax[2 * (at + i) + 1] == 0.0f) forget(g, i, s.q_len);
     }
   }
   // A row that saw no key: whatever its gradient is, NaN included, none of it goes on.
-  void forget(int64_t i, int64_t rows) {
-    delta_[i] = grad_lse_[i] = 0.0f;
-    std::fill_n(query_rows_ + i * depth_, depth_, Lane{});
-    std::fill_n(grad_rows_ + i * depth_, depth_, Lane{});
-    clear_row<D>(query_panels_, dim_, rows, i);
-    clear_row<D>(grad_panels_, dim_, rows, i);
+  void forget(int64_t g, int64_t i, int64_t rows) {
+    const int64_t at = g * query_space_ + i;
+    delta_[at] = grad_lse_[at] = 0.0f;
+    std::fill_n(query_rows_ + at * depth_, depth_, Lane{});
+    std::fill_n(grad_rows_ + at * value_depth_, value_depth_, Lane{});
+    clear_row<D>(query_panels_ + g * query_room_, dim_, rows, i);
+    clear_row<D>(grad_panels_ + g * grad_room_, value_dim_, rows, i);
   }
 
-  // dK and dV of keys [key, key + n), and what they add to dQ.
-  void block_of_keys(const Sequence& s, const KeyLimit& limit, int64_t head, int64_t key,
+  // dK and dV of keys [key, key + n), and what they add to the gradients of all rows.
+  void block_of_keys(const Sequence& s, const KeyRange& range, int64_t kv_head, int64_t key,
                      int64_t n) {
-    const T* k = row<T>(p_.key, s.batch, head, s.first_key + key);
-    const T* v = row<T>(p_.value, s.batch, head, s.first_key + key);
+    const T* k = row<T>(p_.key, s.batch, kv_head, s.first_key + key);
+    const T* v = row<T>(p_.value, s.batch, kv_head, s.first_key + key);
     pack_transposed<D>(k, p_.key.stride[2], n, dim_, key_panels_);
-    pack_transposed<D>(v, p_.value.stride[2], n, dim_, value_panels_);
+    pack_transposed<D>(v, p_.value.stride[2], n, value_dim_, value_panels_);
     pack_natural<D>(k, p_.key.stride[2], dim_, n, key_natural_);
     std::fill_n(dk_, n * padded_dim_, 0.0f);
-    std::fill_n(dv_, n * padded_dim_, 0.0f);
+    std::fill_n(dv_, n * padded_value_dim_, 0.0f);
     // blocks of queries have fixed places, whichever of them sees the first key
-    const int64_t first = limit.first_row(key) / kQueries * kQueries;
-    for (int64_t q = first; q < s.q_len; q += kQueries) {
-      tile(s, limit, head, q, std::min(kQueries, s.q_len - q), key, n);
-    }
-    const auto scale = static_cast<float>(p_.scale);
-    for (int64_t j = 0; j < n; ++j) {
-      const int64_t at = s.first_key + key + j;
-      store_scaled(mutable_row<T>(g_.dk, s.batch, head, at), dk_ + j * padded_dim_, scale);
-      store_scaled(mutable_row<T>(g_.dv, s.batch, head, at), dv_ + j * padded_dim_, 1.0f);
-    }
-  }
-
-  // Queries [q, q + rows) against keys [key, key + n).
-  void tile(const Sequence& s, const KeyLimit& limit, int64_t head, int64_t q, int64_t rows,
-            int64_t key, int64_t n) {
-    for (int64_t i = 0; i < rows; i += D::kTileRows) {
-      const int64_t count = std::min<int64_t>(D::kTileRows, rows - i);
-      float *p = p_tile_ + i * kTileLd, *ds = ds_tile_ + i * kTileLd;
-      const int64_t at = (q + i) * depth_;
-      const int64_t panel = panel_size<D>(dim_);
-      multiply_strip<D>(count, n, depth_, {query_rows_ + at, depth_, 1}, key_panels_, panel, p,
-                        kTileLd, false);
-      multiply_strip<D>(count, n, depth_, {grad_rows_ + at, depth_, 1}, value_panels_, panel, ds,
-                        kTileLd, false);
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t row_index = q + i + r;
-        const int64_t all = limit.of_row(row_index);
-        const int64_t seen = std::clamp<int64_t>(all - key, 0, n);
-        probabilities(s, head, row_index, key, seen, n, all <= kKeys, p + r * kTileLd,
-                      ds + r * kTileLd, rows_ + (i + r) * kTileLd);
+    const int64_t first = range.first_row(key) / kQueries * kQueries;
+    const int64_t end = std::min(s.q_len, range.end_row(key + n - 1));
+    for (int64_t g = 0; g < group_; ++g) {
+      for (int64_t q = first; q < end; q += kQueries) {
+        tile({s, range, kv_head * group_ + g, g, q, std::min(kQueries, s.q_len - q), key, n});
       }
     }
-    const int64_t query_lane = q / D::kPerLane * kTileCols;
-    const T* ds_rows = rows_ + kQueries * kTileLd;
-    add_transposed(p_tile_, rows_, rows, n, grad_panels_ + query_lane, dv_);
-    add_transposed(ds_tile_, ds_rows, rows, n, query_panels_ + query_lane, dk_);
-    const Lane* a =
-        kInPlace ? reinterpret_cast<const Lane*>(ds_tile_) : reinterpret_cast<const Lane*>(ds_rows);
-    constexpr int64_t kLd = kTileLd / D::kPerLane;
-    for (int64_t i = 0; i < rows; i += D::kTileRows) {
-      multiply_strip<D>(std::min<int64_t>(D::kTileRows, rows - i), dim_, lanes<D>(n),
-                        {a + i * kLd, kLd, 1}, key_natural_, panel_size<D>(n),
-                        dq_ + (q + i) * padded_dim_, padded_dim_, true);
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t at = s.first_key + key + j;
+      store_scaled(mutable_row<T>(g_.dk, s.batch, kv_head, at), dk_ + j * padded_dim_, dim_,
+                   static_cast<float>(p_.scale));
+      store_scaled(mutable_row<T>(g_.dv, s.batch, kv_head, at), dv_ + j * padded_value_dim_,
+                   value_dim_, 1.0f);
     }
   }
 
-  // One row of the tile: scores and dO Vᵀ become drop(P) and dS, zeros past the keys that are seen.
-  // `kept` gets both in the storage type, dS kQueries rows behind. `whole`: the row sees no key
-  // outside of the tile. Then delta is the sum of P ∘ dP, whose rounding cancels that of dP; with
-  // few keys that is the better part of it.
-  void probabilities(const Sequence& s, int64_t head, int64_t i, int64_t key, int64_t seen,
-                     int64_t n, bool whole, float* p, float* dp, T* kept) {
-    scale_and_bias(p_, s, head, i, key, seen, p);
-    const int64_t at = (s.batch * p_.heads + head) * p_.q_len + s.first_query + i;
+  // Rows [q, q + rows) of a head, the g-th of its group, against keys [key, key + n).
+  struct Tile {
+    const Sequence& s;
+    const KeyRange& range;
+    int64_t head, g, q, rows, key, n;
+  };
+
+  void tile(const Tile& t) {
+    positions_.pack_queries(p_, t.s, t.head, t.q, t.rows);
+    const int64_t first = t.g * query_space_ + t.q;
+    for (int64_t i = 0; i < t.rows; i += D::kTileRows) {
+      const int64_t count = std::min<int64_t>(D::kTileRows, t.rows - i);
+      float *p = p_tile_ + i * kTileLd, *dp = ds_tile_ + i * kTileLd;
+      multiply_strip<D>(count, t.n, depth_, {query_rows_ + (first + i) * depth_, depth_, 1},
+                        key_panels_, panel_size<D>(dim_), p, kTileLd, false);
+      positions_.add(p_, t.s, t.q, i, count, t.key, t.n, p, kTileLd);
+      multiply_strip<D>(count, t.n, value_depth_,
+                        {grad_rows_ + (first + i) * value_depth_, value_depth_, 1}, value_panels_,
+                        panel_size<D>(value_dim_), dp, kTileLd, false);
+      for (int64_t r = i; r < i + count; ++r) probabilities(t, r);
+    }
+    const int64_t query_lane = t.q / D::kPerLane * kTileCols;
+    add_transposed<T>(p_rows(0), kTileLd, t.rows, t.n, grad_panels_ + t.g * grad_room_ + query_lane,
+                      query_panel_, value_dim_, columns_, dv_, padded_value_dim_);
+    add_transposed<T>(ds_rows(0), kTileLd, t.rows, t.n,
+                      query_panels_ + t.g * query_room_ + query_lane, query_panel_, dim_, columns_,
+                      dk_, padded_dim_);
+    const auto* a = reinterpret_cast<const Lane*>(ds_rows(0));
+    constexpr int64_t kLd = kTileLd / D::kPerLane;
+    for (int64_t i = 0; i < t.rows; i += D::kTileRows) {
+      multiply_strip<D>(std::min<int64_t>(D::kTileRows, t.rows - i), dim_, lanes<D>(t.n),
+                        {a + i * kLd, kLd, 1}, key_natural_, panel_size<D>(t.n),
+                        dq_ + (first + i) * padded_dim_, padded_dim_, true);
+    }
+    position_grads_.add(p_, t.s, ds_rows(0), kTileLd, t.q, t.rows, t.key, t.n);
+  }
+  // Row r of P and dS of the tile, as products read them.
+  Element* p_rows(int64_t r) {
+    if constexpr (kInPlace)
+      return p_tile_ + r * kTileLd;
+    else
+      return p_rows_ + r * kTileLd;
+  }
+  Element* ds_rows(int64_t r) {
+    if constexpr (kInPlace)
+      return ds_tile_ + r * kTileLd;
+    else
+      return ds_rows_ + r * kTileLd;
+  }
+
+  // Row r of the tile: scores and dO Vᵀ become drop(P) and dS, zeros past the keys that are seen.
+  void probabilities(const Tile& t, int64_t r) {
+    const int64_t i = t.q + r, first = t.g * query_space_;
+    const int64_t all = t.range.end(i), begin = t.range.begin(i);
+    const int64_t seen = std::clamp<int64_t>(all - t.key, 0, t.n);
+    float *p = p_tile_ + r * kTileLd, *dp = ds_tile_ + r * kTileLd;
+    const int64_t unseen = std::clamp<int64_t>(begin - t.key, 0, seen);
+    const ScoreRow score_row{t.s, t.head, i, t.key + unseen, seen - unseen};
+    scores_of_.apply(score_row, p + unseen, slopes_);
+    if (unseen > 0) forbid(p, unseen);
+
+    const int64_t at = (t.s.batch * p_.heads + t.head) * p_.q_len + t.s.first_query + i;
     const Vec shift = broadcast(p_.softmax[2 * at]);
     const Quotient share(p_.softmax[2 * at + 1]);
     const Dropout& dropout = p_.dropout;
     const uint16_t* draws =
-        dropout.active() ? attention_draws(p_, s, head, i, key, seen, draws_) : nullptr;
-    Vec total = zero();
-    for (int64_t j = 0; j < seen; j += kWidth) {
+        dropout.active() ? attention_draws(p_, t.s, t.head, i, t.key, seen, draws_) : nullptr;
+    bool made = false;  // the probabilities are in place of their scores
+    const auto probability = [&](int64_t j) __attribute__((always_inline)) {
+      if (made) return load(p + j);
+      const Vec power = power_(load(p + j) - shift);
+      // rounded to bf16, a probability is as good by one product
+      return D::kPerLane == 2 ? Vec(power * share.reciprocal) : share(power);
+    };
+    const auto gradient = [&](int64_t j) __attribute__((always_inline)) {
+      const Vec of_kept = load(dp + j);
+      return draws ? drop(of_kept, draws + j, dropout.threshold, dropout.scale) : of_kept;
+    };
+    float delta = delta_[first + i];
+    // A row that sees no key outside of the tile: delta is the sum of P ∘ dP, whose rounding
+    // cancels that of dP; with few keys that is the better part of it.
+    if (all - begin <= kKeys && begin >= t.key && all <= t.key + t.n) {
+      Vec total = zero();
+      for (int64_t j = 0; j < seen; j += kWidth) {
+        const IVec tail = lanes_below(seen - j);
+        const Vec of_p = probability(j);
+        store(p + j, of_p);
+        total += select(tail, of_p * gradient(j), zero());
+      }
+      delta = sum(total);
+      made = true;
+    }
+    const Vec subtracted = broadcast(delta), added = broadcast(grad_lse_[first + i]);
+    Element *to_p = p_rows(r), *to_ds = ds_rows(r);
+    const auto finish = [&](int64_t j, const auto& masked) __attribute__((always_inline)) {
+      Vec of_p = masked(probability(j));
+      const Vec ds = masked(of_p * ((gradient(j) - subtracted) + added));
+      if (draws) of_p = drop(of_p, draws + j, dropout.threshold, dropout.scale);
+      store(to_p + j, of_p);
+      if (terms_) {
+        store(dp + j, ds);
+      } else {
+        store(to_ds + j, ds);
+      }
+    };
+    int64_t j = 0;
+    for (; j + kWidth <= seen; j += kWidth) finish(j, [](Vec x) { return x; });
+    if (j < seen) {
       const IVec tail = lanes_below(seen - j);
-      const Vec probability = select(tail, share(power_(load(p + j) - shift)), zero());
-      Vec gradient = select(tail, load(dp + j), zero());
-      if (draws) gradient = drop(gradient, draws + j, dropout.threshold, dropout.scale);
-      total = fma(probability, gradient, total);
-      store(p + j, probability);
-      store(dp + j, gradient);
+      finish(j, [&](Vec x) __attribute__((always_inline)) { return select(tail, x, zero()); });
     }
-    const Vec delta = broadcast(whole ? sum(total) : delta_[i]);
-    const Vec grad_lse = broadcast(grad_lse_[i]);
-    for (int64_t j = 0; j < n; j += kWidth) {
-      Vec probability = zero(), gradient = zero();
-      if (j < seen) {
-        probability = load(p + j);
-        gradient = probability * ((load(dp + j) - delta) + grad_lse);
-        if (draws) probability = drop(probability, draws + j, dropout.threshold, dropout.scale);
-      }
-      if constexpr (kInPlace) {
-        store(p + j, probability);
-        store(dp + j, gradient);
-      } else {
-        store(kept + j, probability);
-        store(kept + kQueries * kTileLd + j, gradient);
-      }
+    if (terms_) {
+      for (j = 0; j < unseen; j += kWidth) store(to_ds + j, zero(), unseen - j);
+      add_terms(score_row, dp + unseen, to_ds + unseen);
+    }
+    for (j = round_up(seen, kWidth); j < round_up(t.n, kWidth); j += kWidth) {
+      store(to_p + j, zero());
+      store(to_ds + j, zero());
     }
   }
 
-  FT_INLINE void store_scaled(T* dst, const float* src, float factor) const {
-    for (int64_t d = 0; d < dim_; d += kWidth) store(dst + d, load(src + d) * factor, dim_ - d);
+  // A row of dS goes to the gradients of what was added to its scores, and through softcap.
+  __attribute__((noinline)) void add_terms(const ScoreRow& r, const float* ds, Element* to) {
+    const auto add = [&](float* sum) {
+      for (int64_t j = 0; j < r.n; j += kWidth) {
+        store(sum + j, load(sum + j, r.n - j) + load(ds + j, r.n - j), r.n - j);
+      }
+    };
+    if (g_.dbias) {
+      add(mutable_row<float>(g_.dbias, r.s.index, r.head, r.i) + scores_of_.column(r));
+    }
+    if (g_.ddistance_bias) {
+      add(g_.ddistance_bias + r.head * p_.positions + scores_of_.position(r));
+    }
+    Vec same = zero(), other = zero();
+    for (int64_t j = 0; j < r.n; j += kWidth) {
+      Vec x = load(ds + j, r.n - j);
+      if (scores_of_.capped()) x = x * load(slopes_ + j);
+      if (g_.dsegment_scores) {
+        const IVec differs = scores_of_.differs(r, j);
+        other += select(differs, x, zero());
+        same += select(differs, zero(), x);
+      }
+      store(to + j, x);
+    }
+    if (g_.dsegment_scores) {
+      float* sums = g_.dsegment_scores + scores_of_.segment_index(r);
+      sums[0] += sum(same) * static_cast<float>(p_.scale);
+      sums[1] += sum(other) * static_cast<float>(p_.scale);
+    }
   }
 
-  // sum (keys x D) += tileᵀ · panels, over the rows of the tile.
-  void add_transposed(const float* tile, const T* kept, int64_t rows, int64_t n,
-                      const Lane* panels_of_rows, float* sum) {
-    const int64_t depth = lanes<D>(rows);
-    if constexpr (!kInPlace) pack_columns<D>(kept, kTileLd, n, rows, columns_);
-    for (int64_t j = 0; j < n; j += D::kTileRows) {
-      LanesA<Lane> a;
-      if constexpr (kInPlace) {
-        a = {tile + j, 1, kTileLd};
-      } else {
-        a = packed_strip<D>(columns_, j, depth);
-      }
-      multiply_strip<D>(std::min<int64_t>(D::kTileRows, n - j), dim_, depth, a, panels_of_rows,
-                        query_panel_, sum + j * padded_dim_, padded_dim_, true);
-    }
+  static FT_INLINE void store_scaled(T* dst, const float* src, int64_t n, float factor) {
+    for (int64_t d = 0; d < n; d += kWidth) store(dst + d, load(src + d) * factor, n - d);
   }
 
   const AttentionGradParams& g_;
   const AttentionParams& p_;
-  const int64_t dim_, depth_, padded_dim_;
+  const int64_t dim_, value_dim_, depth_, value_depth_, padded_dim_, padded_value_dim_, group_;
+  const Scores scores_of_;
+  const bool terms_;  // a row of dS is looked at beside its products
   const Power<D::kPerLane == 2 ? 3 : 6> power_;
-  const int64_t query_space_;
+  const int64_t query_space_, query_room_, grad_room_;
   int64_t query_panel_ = 0;
+  PositionScores<T> positions_;
+  PositionGradients<T> position_grads_;
   Scratch scratch_;
   MatrixUnit matrix_unit_;
   Lane *query_rows_, *grad_rows_, *query_panels_, *grad_panels_;
   Lane *key_panels_, *value_panels_, *key_natural_, *columns_;
-  float *dq_, *delta_, *grad_lse_, *dk_, *dv_, *p_tile_, *ds_tile_;
-  T* rows_;
+  float *dq_, *delta_, *grad_lse_, *dk_, *dv_, *p_tile_, *ds_tile_, *slopes_;
+  T *p_rows_, *ds_rows_;
   uint16_t* draws_;
 };
 
-// Keys outside [key_starts, key_lengths) belong to no sequence, and get no gradient.
-template <typename T>
-void clear_padding(const AttentionGradParams& g, const Sequence& s, int64_t head) {
-  const AttentionParams& p = g.forward;
-  if (p.cu_seqlens_k) return;
-  for (int64_t j = 0; j < p.kv_len; ++j) {
-    if (j >= s.first_key && j < s.first_key + s.kv_len) continue;
-    store_zeros(mutable_row<T>(g.dk, s.batch, head, j), p.head_dim);
-    store_zeros(mutable_row<T>(g.dv, s.batch, head, j), p.head_dim);
-  }
-}
-
+// One unit is all that adds to one sum: the heads that share a key head; all sequences, where a
+// gradient is summed over the batch; all heads, where it is summed over them.
 template <typename T>
 void differentiate(const AttentionGradParams& g, const Parallel& parallel) {
   const AttentionParams& p = g.forward;
   const Longest longest(p);
-  for_units(parallel, p.batch * p.heads, [&](Units& units) {
+  const bool over_batch =
+      p.batch > 1 && ((g.dbias && g.dbias.stride[0] == 0) || g.ddistance_bias || g.dposition_key);
+  const bool over_heads = p.heads > 1 && g.dbias && g.dbias.stride[1] == 0;
+  const int64_t batch_each = over_batch ? p.batch : 1, heads_each = over_heads ? p.kv_heads : 1;
+  const int64_t groups = p.kv_heads / heads_each;
+  for_units(parallel, p.batch / batch_each * groups, [&](Units& units) {
     Worker<T> worker(g, longest);
     for (int64_t unit; units.next(unit);) {
-      const int64_t head = unit % p.heads;
-      const Sequence s(p, unit / p.heads);
-      clear_padding<T>(g, s, head);
-      worker.run(s, head);
+      const int64_t begin = unit / groups * batch_each, head = unit % groups * heads_each;
+      for (int64_t h = head; h < head + heads_each; ++h) worker.run(begin, begin + batch_each, h);
     }
   });
 }
@@ -272,6 +375,7 @@ void differentiate(const AttentionGradParams& g, const Parallel& parallel) {
 }  // namespace
 
 void attention_bwd(const AttentionGradParams& g, const Parallel& parallel) {
+  if (g.forward.batch == 0 || g.forward.kv_heads == 0) return;
   with_storage(g.forward.dtype,
                [&](auto storage) { differentiate<decltype(storage)>(g, parallel); });
 }

@@ -53,24 +53,41 @@ struct Quotient {
   }
 };
 
-// 2^(factor * d) for d <= 0, -inf included. Where degree 6 is asked for, the factor is taken to
-// twice float's precision: its own rounding would bend all probabilities the same way.
+// 2^(factor * d) for d <= 0, -inf included; 0 below 2^-126. Where degree 6 is asked for, the factor
+// is taken to twice float's precision: its own rounding would bend all probabilities the same way.
 template <int kDegree>
 struct Power {
-  Vec factor, rest, least;
+  Vec factor, rest;
 
   explicit Power(double f)
       : factor(broadcast(static_cast<float>(f))),
-        rest(broadcast(static_cast<float>(f - static_cast<float>(f)))),
-        least(broadcast(f < 0x1p-100 ? -0x1p126f : static_cast<float>(-127.0 / f))) {}
+        rest(broadcast(static_cast<float>(f - static_cast<float>(f)))) {}
 
+#if defined(__AVX512F__)
   FT_INLINE Vec operator()(Vec d) const {
-    d = max(least, d);
-    const Vec shifted = fma(d, factor, broadcast(kExp2Magic));
-    Vec f = fma(d, factor, zero() - (shifted - kExp2Magic));
+    const Vec t = d * factor;
+    // a NaN is not less
+    const __mmask16 normal = _mm512_cmp_ps_mask((__m512)t, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    const Vec n = (Vec)_mm512_maskz_roundscale_ps(normal, (__m512)t, kNearest);
+    Vec f = d * factor - n;
     if constexpr (kDegree > 3) f = fma(d, rest, f);
+    return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)exp2_fraction<kDegree>(f), (__m512)n);
+  }
+#else
+  FT_INLINE Vec operator()(Vec d) const {
+    const Vec t = max(broadcast(-127.0f), d * factor);
+    const Vec shifted = t + kExp2Magic;
+    const Vec n = shifted - kExp2Magic;
+    Vec f;
+    if constexpr (kDegree == 3) {
+      f = t - n;
+    } else {
+      f = select(as<IVec>(t <= -127.0f), zero(), fma(d, rest, d * factor - n));
+    }
     return exp2_fraction<kDegree>(f) * as<Vec>(as<UVec>(shifted) << 23);
   }
+#endif
 };
 
 // The largest of the first n scores, lane by lane.
