@@ -130,7 +130,6 @@ class Tagged(torch.Tensor):
         ("dtype float64", lambda q: (q.double(), {})),
         ("tensor subclass Tagged", lambda q: (q.as_subclass(Tagged), {})),
         ("device meta", lambda q: (q.to("meta"), {})),
-        ("a gradient for bias", lambda q: (q, {"bias": torch.zeros(9, 9, requires_grad=True)})),
     ],
     ids=str,
 )
