@@ -243,6 +243,14 @@ def test_keys_outside_are_never_read_through_a_window(backend, dtype):
         assert torch.equal(clean, poisoned)
 
 
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("window", [(7, 3), (1, 20), (33, 0), (0, 17)], ids=str)
+def test_gradients_within_a_window_that_begins_anywhere(cpu, window, dtype):
+    """Off the vectors' multiples, where a row of dS is looked at beside its products."""
+    inputs = named(qkv(T=40, S=90, dtype=dtype), window=window, softcap=3.0)
+    testing.check("attention", inputs | {"bias": torch.randn(40, 90).to(dtype)}, (*WRT, "bias"))
+
+
 @pytest.mark.parametrize("window", [(2**31, 2**31), (2**31, -1), (500, 500)], ids=str)
 def test_a_wide_window_is_none(backend, window):
     q, k, v = qkv(T=70, S=130)
