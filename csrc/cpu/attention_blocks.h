@@ -19,7 +19,7 @@ struct ForwardBlocks {
   int64_t keys, queries = 192;
   template <typename D>
   static ForwardBlocks of(int64_t head_dim) {
-    return {lanes<D>(head_dim) <= 128 ? 256 : 128};
+    return {D::kInMatrixUnit ? 256 : lanes<D>(head_dim) <= 128 ? 256 : 128};
   }
 };
 // Backward holds five operands and two kQueries x kKeys tiles (P and dS) at a time.

@@ -53,6 +53,8 @@ class Scores {
         untouched_(!p.bias && !p.distance_bias && !p.alibi_slopes && p.softcap == 0.0 &&
                    p.scale >= kLeastScale) {}
 
+  // Whether scores are scaled products and nothing else.
+  bool plain() const { return untouched_ && !p_.segment_scores && !p_.position_query; }
   // What softmax multiplies by what `apply` leaves, to take powers of 2. Products stay as they are
   // where only a positive scale is to come: the largest product is then the largest score.
   double factor() const { return untouched_ ? p_.scale * kLog2e : kLog2e; }

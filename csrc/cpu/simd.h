@@ -266,21 +266,23 @@ FT_INLINE void store(T* p, Vec v, int64_t n) {
 // Minimax polynomials of 2^f, exact at f = 0. kDegree 6: relative error 2e-9, so the rounding of
 // its last steps is what is left, about 1 ulp. kDegree 3: 1.0e-4, a twentieth of bf16's rounding,
 // for what is rounded to bf16 at once.
+// `times`, a power of two, multiplies the result.
 template <int kDegree>
-FT_INLINE Vec exp2_fraction(Vec f) {
+FT_INLINE Vec exp2_fraction(Vec f, float times = 1.0f) {
   static_assert(kDegree == 3 || kDegree == 6);
+  const auto coefficient = [&](float c) { return broadcast(c * times); };
   Vec p;
   if constexpr (kDegree == 6) {
-    p = fma(broadcast(1.535336199e-04f), f, broadcast(1.339887445e-03f));
-    p = fma(p, f, broadcast(9.618437358e-03f));
-    p = fma(p, f, broadcast(5.550332471e-02f));
-    p = fma(p, f, broadcast(2.402264791e-01f));
-    p = fma(p, f, broadcast(6.931472029e-01f));
+    p = fma(coefficient(1.535336199e-04f), f, coefficient(1.339887445e-03f));
+    p = fma(p, f, coefficient(9.618437358e-03f));
+    p = fma(p, f, coefficient(5.550332471e-02f));
+    p = fma(p, f, coefficient(2.402264791e-01f));
+    p = fma(p, f, coefficient(6.931472029e-01f));
   } else {
-    p = fma(broadcast(5.500894e-02f), f, broadcast(2.4221099e-01f));
-    p = fma(p, f, broadcast(6.9328293e-01f));
+    p = fma(coefficient(5.500894e-02f), f, coefficient(2.4221099e-01f));
+    p = fma(p, f, coefficient(6.9328293e-01f));
   }
-  return fma(p, f, broadcast(1.0f));
+  return fma(p, f, coefficient(1.0f));
 }
 
 // Adding 1.5 * 2^23 rounds to an integer n and leaves n + 127 in the low bits. Shifted into the

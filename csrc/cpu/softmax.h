@@ -90,6 +90,38 @@ struct Power {
 #endif
 };
 
+// 2^(factor * score) * kBoundedScale where no exponent is larger than kBound, so that nothing has
+// to be subtracted and nothing is lost. The constant leaves at most 1, as the largest score would.
+inline constexpr double kBound = 32.0;
+inline constexpr float kBoundedScale = 0x1p-32f;
+template <int kDegree>
+struct BoundedPower {
+  Vec factor, rest;
+
+  explicit BoundedPower(double f)
+      : factor(broadcast(static_cast<float>(f))),
+        rest(broadcast(static_cast<float>(f - static_cast<float>(f)))) {}
+
+  FT_INLINE Vec operator()(Vec score) const {
+#if defined(__AVX512F__)
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    const auto t = (__m512)(score * factor);
+    const Vec n = (Vec)_mm512_maskz_roundscale_ps(kAllLanes, t, kNearest);
+#else
+    const Vec shifted = fma(score, factor, broadcast(kExp2Magic));
+    const Vec n = shifted - kExp2Magic;
+#endif
+    Vec f = score * factor - n;
+    if constexpr (kDegree > 3) f = fma(score, rest, f);
+    const Vec p = exp2_fraction<kDegree>(f, kBoundedScale);
+#if defined(__AVX512F__)
+    return (Vec)_mm512_maskz_scalef_ps(kAllLanes, (__m512)p, (__m512)n);
+#else
+    return p * as<Vec>(as<UVec>(shifted) << 23);
+#endif
+  }
+};
+
 // The largest of the first n scores, lane by lane.
 FT_INLINE Vec largest(const float* scores, int64_t n) {
   Vec top = broadcast(-INFINITY), top2 = top;
