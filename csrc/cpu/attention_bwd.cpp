@@ -291,22 +291,34 @@ class Worker {
     }
     const Vec subtracted = broadcast(delta), added = broadcast(grad_lse_[first + i]);
     Element *to_p = p_rows(r), *to_ds = ds_rows(r);
-    const auto finish = [&](int64_t j, const auto& masked) __attribute__((always_inline)) {
-      Vec of_p = masked(probability(j));
-      const Vec ds = masked(of_p * ((gradient(j) - subtracted) + added));
-      if (draws) of_p = drop(of_p, draws + j, dropout.threshold, dropout.scale);
-      store(to_p + j, of_p);
-      if (terms_) {
-        store(dp + j, ds);
-      } else {
-        store(to_ds + j, ds);
-      }
+    struct Pair {
+      Vec p, ds;
+    };
+    const auto make = [&](int64_t j) __attribute__((always_inline)) {
+      const Vec of_p = probability(j);
+      // rounded apart, so that with a single key, where both are alike, nothing is left
+      const Vec ds = of_p * ((gradient(j) - subtracted) + added);
+      return Pair{draws ? drop(of_p, draws + j, dropout.threshold, dropout.scale) : of_p, ds};
     };
     int64_t j = 0;
-    for (; j + kWidth <= seen; j += kWidth) finish(j, [](Vec x) { return x; });
-    if (j < seen) {
+    for (; j + 2 * kWidth <= seen; j += 2 * kWidth) {
+      const Pair a = make(j), b = make(j + kWidth);
+      store_pair(to_p + j, a.p, b.p);
+      if (terms_) {
+        store_pair(dp + j, a.ds, b.ds);
+      } else {
+        store_pair(to_ds + j, a.ds, b.ds);
+      }
+    }
+    for (; j < seen; j += kWidth) {
       const IVec tail = lanes_below(seen - j);
-      finish(j, [&](Vec x) __attribute__((always_inline)) { return select(tail, x, zero()); });
+      const Pair a = make(j);
+      store(to_p + j, select(tail, a.p, zero()));
+      if (terms_) {
+        store(dp + j, select(tail, a.ds, zero()));
+      } else {
+        store(to_ds + j, select(tail, a.ds, zero()));
+      }
     }
     if (terms_) {
       for (j = 0; j < unseen; j += kWidth) store(to_ds + j, zero(), unseen - j);

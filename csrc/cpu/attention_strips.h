@@ -218,9 +218,12 @@ class BoundedStrips {
   // Those in [begin, end), of n.
   void part(const float* scores, Probability* to, Vec& total, int64_t begin, int64_t end,
             int64_t n) const {
+    end = std::min(end, n);
     for (int64_t j = 0; j < n; j += kWidth) {
-      const IVec seen = lanes_below(std::min(end, n) - j) & ~lanes_below(begin - j);
-      const Vec p = select(seen, b_.bounded_power(load(scores + j)), zero());
+      Vec p = b_.bounded_power(load(scores + j));
+      if (j < begin || j + kWidth > end) {
+        p = select(lanes_below(end - j) & ~lanes_below(begin - j), p, zero());
+      }
       store(to + j, p);
       total += p;
     }

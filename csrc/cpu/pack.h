@@ -35,19 +35,27 @@ FT_INLINE UVec load_row_lanes(const T* p, int64_t left) {
 }
 
 // B from rows that are contiguous along k: src[n * ld + k] -> panels of n. This is Kᵀ of attention
-// and the (out, in) weight of nn.Linear. Rows n…(end of the last panel) come out as zeros.
+// and the (out, in) weight of nn.Linear. Rows up to the next kWidth come out as zeros; what is
+// behind them in the last panel is not written, since nothing reads it.
 template <typename D, typename T>
 void pack_transposed(const T* src, int64_t ld, int64_t n, int64_t k, typename D::Lane* panels) {
   const int64_t depth = lanes<D>(k);
   for (int64_t n0 = 0; n0 < n; n0 += kTileCols, panels += panel_size<D>(k)) {
-    for (int64_t j = 0; j < kTileCols; j += kWidth) {
+    for (int64_t j = 0; j < kTileCols && n0 + j < n; j += kWidth) {
       const int64_t rows = n - n0 - j;
       for (int64_t l = 0; l < depth; l += kWidth) {
+        const int64_t at = l * D::kPerLane;
         UVec block[kWidth];
+        if (rows >= kWidth && k - at >= kWidth * D::kPerLane) {
 #pragma GCC unroll 16
-        for (int r = 0; r < kWidth; ++r) {
-          const int64_t at = l * D::kPerLane;
-          block[r] = r < rows ? load_row_lanes<D>(src + (n0 + j + r) * ld + at, k - at) : UVec{};
+          for (int r = 0; r < kWidth; ++r) {
+            block[r] = load_row_lanes<D>(src + (n0 + j + r) * ld + at, kWidth * D::kPerLane);
+          }
+        } else {
+#pragma GCC unroll 16
+          for (int r = 0; r < kWidth; ++r) {
+            block[r] = r < rows ? load_row_lanes<D>(src + (n0 + j + r) * ld + at, k - at) : UVec{};
+          }
         }
         transpose(block);
         const int64_t count = depth - l < kWidth ? depth - l : kWidth;
@@ -78,12 +86,20 @@ template <typename D, typename T>
 void pack_natural(const T* src, int64_t ld, int64_t n, int64_t k, typename D::Lane* panels) {
   const int64_t depth = lanes<D>(k);
   for (int64_t n0 = 0; n0 < n; n0 += kTileCols, panels += panel_size<D>(k)) {
+    const bool whole = n - n0 >= kTileCols;
     for (int64_t l = 0; l < depth; ++l) {
       const T* from = src + l * D::kPerLane * ld + n0;
+      typename D::Lane* to = panels + l * kTileCols;
       const bool second = l * D::kPerLane + 1 < k;
-      for (int64_t j = 0; j < kTileCols; j += kWidth) {
-        store_bits(panels + l * kTileCols + j,
-                   load_column_lanes<D>(from + j, ld, second, n - n0 - j));
+      if (whole && (D::kPerLane == 1 || second)) {
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kTileCols; j += kWidth) {
+          store_bits(to + j, load_column_lanes<D>(from + j, ld, true, kWidth));
+        }
+        continue;
+      }
+      for (int64_t j = 0; j < kTileCols && n0 + j < n; j += kWidth) {
+        store_bits(to + j, load_column_lanes<D>(from + j, ld, second, n - n0 - j));
       }
     }
   }
@@ -190,16 +206,14 @@ void pack_columns(const T* src, int64_t ld, int64_t m, int64_t k, typename D::La
 template <typename D, typename T>
 void pack_rows(const T* src, int64_t ld, int64_t rows, int64_t k, typename D::Lane* dst,
                int64_t dst_ld) {
-  const int64_t depth = lanes<D>(k);
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t l = 0; l < depth; l += kWidth) {
-      const int64_t at = l * D::kPerLane;
-      const UVec v = load_row_lanes<D>(src + r * ld + at, k - at);
-      if (depth - l >= kWidth) {
-        store_bits(dst + r * dst_ld + l, v);
-      } else {
-        std::memcpy(dst + r * dst_ld + l, &v, (depth - l) * sizeof(typename D::Lane));
-      }
+  const int64_t depth = lanes<D>(k), whole = k / (kWidth * D::kPerLane) * kWidth;
+  for (int64_t r = 0; r < rows; ++r, src += ld, dst += dst_ld) {
+    for (int64_t l = 0; l < whole; l += kWidth) {
+      store_bits(dst + l, load_row_lanes<D>(src + l * D::kPerLane, kWidth * D::kPerLane));
+    }
+    if (whole < depth) {
+      const UVec v = load_row_lanes<D>(src + whole * D::kPerLane, k - whole * D::kPerLane);
+      std::memcpy(dst + whole, &v, (depth - whole) * sizeof(typename D::Lane));
     }
   }
 }

@@ -14,11 +14,18 @@ FT_INLINE Vec load_bias(const T* p, int64_t left) {
   return load(p, left);
 }
 FT_INLINE Vec load_bias(const bool* p, int64_t left) {
-  typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
-  Bytes bytes{};
-  std::memcpy(&bytes, p, left < kWidth ? left : kWidth);
-  const UVec allowed = __builtin_convertvector(bytes, UVec);
+#if defined(__AVX512F__)
+  const auto there = static_cast<__mmask16>(left >= kWidth ? 0xffff : (1u << left) - 1);
+  const __m128i bytes = _mm_maskz_loadu_epi8(there, p);
+  return (Vec)_mm512_mask_blend_ps(_mm_test_epi8_mask(bytes, bytes), _mm512_set1_ps(-INFINITY),
+                                   _mm512_setzero_ps());
+#else
+  uint8_t bytes[kWidth] = {};
+  std::memcpy(bytes, p, left < kWidth ? left : kWidth);
+  UVec allowed;
+  for (int i = 0; i < kWidth; ++i) allowed[i] = bytes[i];
   return select(as<IVec>(allowed != 0u), zero(), broadcast(-INFINITY));
+#endif
 }
 
 // tanh: an odd polynomial below 0.625, 1 - 2 / (e^2x + 1) above (both as in Cephes); 1 ulp or two.
