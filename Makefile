@@ -6,6 +6,8 @@ VENV   ?= .venv
 # What pip installs as torch. PyPI's Linux builds bring gigabytes of CUDA along; for a CPU build:
 #   make test TORCH='torch==2.13.0 --index-url <the CPU index of pytorch.org>'
 TORCH  ?= torch==2.13.0
+# What make bench times: roofline, attention, norm, mlp, calls, models or all of them.
+SUITE  ?= all
 # More options for pytest: make test PYTEST='-k attention -x'
 PYTEST ?=
 
@@ -36,8 +38,8 @@ test-fast: build $(VENV)/.test ## a small selection, for the minute between two 
 test-full: build $(VENV)/.test ## everything, the slow tests too
 	$(PY) -m pytest $(PYTEST)
 
-bench: build $(VENV)/.test ## time every op against PyTorch's ways to compute it
-	$(PY) -m benchmarks
+bench: build $(VENV)/.test ## time every op against PyTorch's ways to compute it; SUITE=attention: one
+	$(VENV)/bin/fast-transformer bench --suite $(SUITE)
 
 build: $(VENV)/.tools ## compile the native code, in place; only what changed
 	@$(PY) setup.py -q build_ext --inplace

@@ -2,7 +2,8 @@
 
 A case says what is computed, not on what: `case.inputs(dtype)` makes fresh arguments for the public
 function `case.op`, the same at every call. Cases for "test" are small and odd, those for "bench"
-have the sizes that models use; both lists are fixed, so that no kernel is tuned to be measured.
+have the sizes that models use, those for "long" take minutes; all are fixed, so that no kernel is
+tuned to be measured. A case's `kind` is the class that it is summed up in.
 """
 
 import zlib
@@ -61,6 +62,21 @@ class AttentionCase:
         """The arguments that have a gradient."""
         return ("query", "key", "value")
 
+    @property
+    def kind(self) -> str:
+        """What tells most about its cost, dearest first."""
+        if self.family == "decode":
+            return "decode"
+        if "bias" in self.wrt:
+            return "bias-gradient"
+        if self.dropout_p > 0:
+            return "dropout"
+        if self.padding is not None:
+            return "varlen" if self.padding == "varlen" else "padded"
+        if self.bias is not None:
+            return "bias"
+        return "causal" if self.causal else "full"
+
     def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments by name."""
         B, H, T, S, D = self.shape
@@ -110,6 +126,11 @@ class NormCase:
         return "add_norm" if self.added else "layer_norm"
 
     @property
+    def kind(self) -> str:
+        """What passes over the memory there are."""
+        return f"{self.op}, dropout" if self.dropout_p > 0 else self.op
+
+    @property
     def wrt(self) -> tuple[str, ...]:
         """The arguments that have a gradient."""
         parameters = ("weight", "bias") if self.affine else ()
@@ -147,6 +168,11 @@ class MlpCase:
     def op(self) -> str:
         """The public function."""
         return "linear_act" if len(self.shape) == 3 else "mlp"
+
+    @property
+    def kind(self) -> str:
+        """The public function."""
+        return self.op
 
     @property
     def wrt(self) -> tuple[str, ...]:
@@ -235,6 +261,11 @@ def _attention_benches() -> Iterable[AttentionCase]:
             shape = (batch, 4, length, length, head_dim)
             yield AttentionCase(f"full-T{length}-D{head_dim}", "bench", shape)
             yield AttentionCase(f"causal-T{length}-D{head_dim}", "bench", shape, causal=True)
+    for length, heads in ((4096, 4), (8192, 2), (16384, 1)):
+        shape = (1, heads, length, length, 64)
+        yield AttentionCase(f"full-T{length}-D64", "long", shape)
+        use = "bench" if length == 4096 else "long"
+        yield AttentionCase(f"causal-T{length}-D64", use, shape, causal=True)
     models = {"minilm": (32, 12, 128, 128, 32), "bert-base": (8, 12, 512, 512, 64)}
     for model, shape in models.items():
         for name, options in _MASKS.items():
@@ -305,5 +336,5 @@ CASES: tuple[Case, ...] = (
 
 
 def cases(family: str, use: str) -> list[Case]:
-    """Return the cases of one family for "test" or "bench"."""
+    """Return the cases of one family for "test", "bench" or "long"."""
     return [case for case in CASES if case.family == family and case.use == use]

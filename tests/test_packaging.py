@@ -221,6 +221,7 @@ def test_peaks(kernels):
     assert all(better > worse / 2 for worse, better in zip(flops, flops[1:], strict=False))
     assert _machine.read_bandwidth(isas[-1], 1 << 14) > 1e8
     assert _machine.copy_bandwidth(isas[-1], 1 << 14) > 1e8
+    assert all(_machine.streaming_bandwidth(isa, 1 << 14) > 1e7 for isa in isas)
     with pytest.raises(ValueError, match="isa is 'mmx'; accepted on this machine: "):
         _machine.peak_flops("mmx", "float32")
     with pytest.raises(ValueError, match="dtype is 'int8'; accepted: float32, bfloat16, float16"):
@@ -329,6 +330,7 @@ def test_wheel_holds_the_package_alone(wheel):
         library.name for library in NATIVE
     }
     assert "fast_transformer/kernels/__init__.py" in names
+    assert "fast_transformer/benchmarks/suites.py" in names
     assert {"fast_transformer/py.typed", "fast_transformer/_machine.pyi"} <= set(names)
 
 

@@ -13,6 +13,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,  # a traceback as Python prints it, to paste into a report
 )
+BENCH_DTYPES, BENCH_STEPS = ["fp32", "bf16"], ["forward", "backward"]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; its own by default.")]
 
 
@@ -52,3 +53,49 @@ def demo(
     from fast_transformer.cli.demo import run
 
     run(output, runs, threads, quick)
+
+
+bench = typer.Typer(help="Time every op and model against PyTorch's ways to compute it.")
+app.add_typer(bench, name="bench")
+
+
+@bench.callback(invoke_without_command=True)
+def measure(
+    context: typer.Context,
+    suite: Annotated[
+        str, typer.Option(help="roofline, attention, norm, mlp, calls, models or all.")
+    ] = "all",
+    only: Annotated[str, typer.Option(help="Cases whose name contains this.")] = "",
+    dtype: Annotated[
+        list[str], typer.Option(help="fp32, bf16 or fp16; may be given again.")
+    ] = BENCH_DTYPES,
+    step: Annotated[
+        list[str], typer.Option(help="forward or backward; may be given again.")
+    ] = BENCH_STEPS,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved measurements of each.")] = 5,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Threads, each pinned to a processor of its own.")
+    ] = 1,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Peers that torch.compile makes, too; slow.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One case of each kind.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Cases that take minutes, too.")] = False,
+    output: Annotated[Path, typer.Option(help="The folder for the file of figures.")] = Path(
+        "fast-transformer-bench"
+    ),
+) -> None:
+    """Time every op and model against PyTorch's ways to compute it; a wrong answer has no speed.
+
+    One process, pinned to as many processors as threads. Each op is first held to its error against
+    float64. Ends with 1 where an answer is wrong.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if suite in ("models", "all"):
+        require(("transformers",), "demo")
+    from fast_transformer.benchmarks.suites import Options
+    from fast_transformer.cli.bench import run
+
+    options = Options(only, tuple(dtype), tuple(step), rounds, compiled, quick, full)
+    run(suite, options, threads, output)

@@ -1,0 +1,85 @@
+"""`fast-transformer bench`: every op and model against PyTorch, and what to do with the figures."""
+
+import json
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from fast_transformer.benchmarks import memory, report, roofline
+from fast_transformer.benchmarks.contest import DTYPES, STEPS
+from fast_transformer.benchmarks.suites import SUITES, Options, results
+from fast_transformer.timing import conditions, pin, steady
+
+ALL = "all"
+TREE = Path(roofline.__file__).parents[1]
+
+
+def run(suite: str, options: Options, threads: int, output: Path) -> None:
+    """Run one suite or all, print tables, and write one file into the folder `output`."""
+    for name, given, accepted in (
+        ("--suite", (suite,), (*SUITES, ALL)),
+        ("--dtype", options.dtypes, tuple(DTYPES)),
+        ("--step", options.steps, STEPS),
+    ):
+        for value in given:
+            if value not in accepted:
+                sys.exit(f"{name} is {value!r}; accepted are {', '.join(accepted)}.")
+    try:
+        pinned = pin(threads)
+    except ValueError as error:
+        sys.exit(f"--{error}")
+    steady(threads)
+    memory.one_arena()
+    facts = conditions() | {"pinned": pinned, "commit": commit(), "rounds": options.rounds}
+    print(
+        f"{facts['processor']}, {facts['isa']}, torch {facts['torch']}, {threads} threads, "
+        f"pinned to processor {', '.join(map(str, pinned))}"
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    file = output / f"{suite}-{stamp}.json"
+    known: dict[str, Any] = {"conditions": facts, "roofline": [], "results": []}
+    for each in SUITES if suite == ALL else (suite,):
+        print(f"\n{each}")
+        if each == roofline.SUITE:
+            limits = list(roofline.measure(threads, options.quick))
+            roofline.show(limits)
+            known["roofline"] = [limit.figures() for limit in limits]
+        else:
+            known["results"] += contests(each, options)
+        file.write_text(json.dumps(known, indent=1, default=str) + "\n")  # what is done is kept
+    print(f"\nwrote {file}")
+    sys.exit(any(r["wrong"] for r in known["results"]))
+
+
+def contests(suite: str, options: Options) -> list[report.Figures]:
+    """Run one suite against its peers, tell of it, and return its figures."""
+    print(report.HEADER)
+    start, found = time.perf_counter(), []
+    for result in results(suite, options):
+        print(report.line(result), flush=True)
+        found.append(result.figures())
+    print(report.means_table(found))
+    behind = report.behind(found)
+    wrong = sum(r["wrong"] is not None for r in found)
+    print(
+        f"{len(found) - wrong} timed in {time.perf_counter() - start:.0f} s, behind PyTorch in "
+        f"{len(behind)}, wrong {wrong}"
+    )
+    for text in behind:
+        print(f"  behind: {text}")
+    for text in report.unavailable(found):
+        print(f"  {text}")
+    return found
+
+
+def commit() -> str:
+    """The commit of the source tree, with a + where files differ from it; "unknown" without one."""
+    if not (TREE / "setup.py").exists():  # installed: a tree around it would be another project's
+        return "unknown"
+    command = ["git", "-C", str(TREE), "describe", "--always", "--dirty=+"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
