@@ -15,6 +15,7 @@ from fast_transformer.testing import AttentionCase, cases
 SUITE = "attention"
 CASES = cases("attention", "bench")
 LONG = cases("attention", "long")
+PEERS = {"sdpa": peers.sdpa, "formula": peers.plain}
 JUDGED_PAIRS = 1 << 22  # of query and key: about a second of float64, forward and backward
 
 
@@ -22,7 +23,7 @@ def contest(case: AttentionCase, dtype: str) -> Contest:
     """Ours and PyTorch's ways, on the same tensors."""
     inputs = case.inputs(DTYPES[dtype]) | {"return_lse": False}
     ours = attention_varlen if case.padding == "varlen" else attention
-    ways = {"sdpa": peers.sdpa(case, inputs), "formula": peers.plain(case, inputs)}
+    ways = {name: make(case, inputs) for name, make in PEERS.items()}
     work = case.shape[-1] * masks.pairs(case, inputs)
     # two products forward, five backward, of 2·D each for every pair of query and key
     return Contest(

@@ -10,6 +10,7 @@ from fast_transformer.testing import MlpCase, cases
 
 SUITE = "mlp"
 CASES = cases("mlp", "bench")
+PEERS = ("pytorch",)
 ACTIVATIONS = {
     None: lambda x: x,
     "gelu": F.gelu,

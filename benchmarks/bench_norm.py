@@ -8,6 +8,7 @@ from fast_transformer.testing import NormCase, cases
 
 SUITE = "norm"
 CASES = cases("norm", "bench")
+PEERS = ("pytorch",)
 
 
 def contest(case: NormCase, dtype: str) -> Contest:

@@ -99,3 +99,39 @@ def measure(
 
     options = Options(only, tuple(dtype), tuple(step), rounds, compiled, quick, full)
     run(suite, options, threads, output)
+
+
+@bench.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="The file of a run.")],
+    second: Annotated[Path, typer.Argument(help="The file of another.")],
+    threshold: Annotated[
+        float, typer.Option(min=0, help="Medians nearer than this part are the same.")
+    ] = 0.03,
+    fail_if_slower: Annotated[
+        bool, typer.Option("--fail-if-slower", help="End with 1 where a row is slower.")
+    ] = False,
+) -> None:
+    """Compare two runs row by row: how long ours takes in the second, over the first.
+
+    A row is faster or slower where its rounds differ by the exact two-sided Mann-Whitney test at 5%
+    (which takes 4 rounds a side) and the medians by more than the threshold; else it is the same
+    within noise. One row of twenty may pass the test by chance.
+    """
+    from fast_transformer.cli.bench import compare
+
+    compare(first, second, threshold, fail_if_slower)
+
+
+@bench.command()
+def plot(
+    file: Annotated[Path, typer.Argument(help="The file of a run with the attention suite.")],
+    output: Annotated[
+        Path | None, typer.Option(help="The picture; by default the file's name with .png.")
+    ] = None,
+) -> None:
+    """Draw what part of the measured peak attention reaches over the length, ours and PyTorch's."""
+    require(("matplotlib",), "demo")
+    from fast_transformer.cli.bench import plot
+
+    plot(file, output or file.with_suffix(".png"))

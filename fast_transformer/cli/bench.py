@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from fast_transformer.benchmarks import compare as comparison
 from fast_transformer.benchmarks import memory, report, roofline
 from fast_transformer.benchmarks.contest import DTYPES, STEPS
 from fast_transformer.benchmarks.suites import SUITES, Options, results
@@ -83,3 +84,43 @@ def commit() -> str:
     command = ["git", "-C", str(TREE), "describe", "--always", "--dirty=+"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
+
+
+def compare(first: Path, second: Path, threshold: float, fail_if_slower: bool) -> None:
+    """Print every row that two files share, and the sum of it."""
+    a, b = load(first), load(second)
+    rows = comparison.rows(a, b, threshold)
+    if not rows:
+        sys.exit(f"{first} and {second} have no row in common.")
+    for row in rows:
+        print(comparison.line(row))
+    print(comparison.summary(rows))
+    only = [len(comparison.timed(run)) - len(rows) for run in (a, b)]
+    if any(only):
+        print(f"in the first alone {only[0]} rows, in the second alone {only[1]}")
+    for text in comparison.warnings(a, b, rows, threshold):
+        print(text)
+    if fail_if_slower and any(row.verdict == "slower" for row in rows):
+        sys.exit(1)
+
+
+def plot(file: Path, output: Path) -> None:
+    """Draw the attention suite of a file."""
+    from fast_transformer.benchmarks.plot import draw
+
+    try:
+        draw(load(file), output)
+    except ValueError as error:
+        sys.exit(f"{file}: {error}.")
+    print(f"wrote {output}")
+
+
+def load(file: Path) -> dict[str, Any]:
+    """The figures of a run; ends the program where the file holds something else."""
+    try:
+        run = json.loads(file.read_text())
+    except (OSError, ValueError):
+        run = None
+    if isinstance(run, dict) and run.keys() >= {"conditions", "results"}:
+        return run
+    sys.exit(f"{file} is no file of figures that fast-transformer bench has written.")
