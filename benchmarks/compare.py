@@ -94,7 +94,7 @@ def warnings(first: Run, second: Run, found: Sequence[Row], share: float = SHARE
         if a.get(name) != b.get(name)
     ]
     both = timed(first), timed(second)
-    rounds = {tuple(len(rows[row.key]["ours"]["seconds"]) for rows in both) for row in found}
+    rounds = {tuple(len(side[row.key]["ours"]["seconds"]) for side in both) for row in found}
     for n, m in sorted(rounds):
         if 2 / math.comb(n + m, n) > ALPHA:
             told.append(f"warning: {n} and {m} rounds allow no verdict but same; 4 and 4 can")

@@ -208,7 +208,8 @@ def prepare(
         except Exception as error:
             if name == "ours":
                 raise
-            unavailable[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            told = str(error).strip().partition("\n")[0].rstrip(".")
+            unavailable[name] = f"{type(error).__name__}: {told}"
             continue
         calls[name] = call
         memory[name] = peak_memory(call if step == "forward" else entry.training())

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # a file, never a window
 
+from fast_transformer.benchmarks.report import setting  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.ticker import ScalarFormatter  # noqa: E402
 
@@ -37,7 +38,7 @@ def points(
 
 def draw(run: Mapping[str, Any], path: Path) -> None:
     """Draw one field for each dtype and kind; ValueError where there is nothing to draw."""
-    results, facts = run["results"], run["conditions"]
+    results = run["results"]
     dtypes = list(dict.fromkeys(r["dtype"] for r in results if points([r], r["kind"], r["dtype"],
                                                                       "ours")))  # fmt: skip
     if not dtypes:
@@ -66,9 +67,7 @@ def draw(run: Mapping[str, Any], path: Path) -> None:
         axes.set_xlabel("length")
     fields[0][0].legend(frameon=False, fontsize=8)
     figure.suptitle(
-        f"attention forward, head_dim {HEAD_DIM}, {facts['threads']} threads of "
-        f"{facts['processor']} ({facts['isa']})",
-        fontsize=10,
+        f"attention forward, head_dim {HEAD_DIM}, {setting(run['conditions'])}", fontsize=10
     )
     figure.savefig(path, dpi=160)
     plt.close(figure)

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from fast_transformer.benchmarks.report import Mean, means
+from fast_transformer.benchmarks.report import Mean, means, setting
 
 README = Path(__file__).parent.parent / "README.md"
 ATTENTION_ROWS = {  # (kind, step) -> what a reader calls it
@@ -23,6 +23,7 @@ ATTENTION_ROWS = {  # (kind, step) -> what a reader calls it
     ("causal", "backward"): "causal, backward",
     ("bias-gradient", "backward"): "mask with a gradient, backward",
 }
+ATTENTION_KINDS = {kind for kind, _ in ATTENTION_ROWS}
 
 
 def demo(figures: dict) -> str:
@@ -58,7 +59,7 @@ def demo(figures: dict) -> str:
 
 def attention(run: dict) -> str:
     """The means of the attention suite in Markdown: a row a kind, a column a dtype."""
-    results = [r for r in run["results"] if r["suite"] == "attention"]
+    results = [r for r in run["results"] if r["kind"] in ATTENTION_KINDS]
     found = means(results)
     dtypes = list(dict.fromkeys(r["dtype"] for r in results))
     lines = [
@@ -75,9 +76,7 @@ def attention(run: dict) -> str:
         "",
         f"Geometric means, in parentheses the worst point, over the fastest of {peers(results)} "
         f"at each of {len(results)} points; PyTorch is ahead at {behind}. Medians of "
-        f"{c['rounds']} interleaved rounds, {c['threads']} "
-        f"thread{'s' if c['threads'] > 1 else ''} of {c['processor']} ({c['isa']}), torch "
-        f"{c['torch']}, {c['date'][:10]}.",
+        f"{c['rounds']} interleaved rounds, {setting(c)}, torch {c['torch']}, {c['date'][:10]}.",
     ]
     return "\n".join(lines)
 
@@ -112,7 +111,7 @@ def main() -> None:
         figures = json.loads(Path(name).read_text())
         if "agreement" in figures:
             write("demo", demo(figures))
-        elif any(r["suite"] == "attention" for r in figures.get("results", ())):
+        elif any(r["kind"] in ATTENTION_KINDS for r in figures.get("results", ())):
             write("bench-attention", attention(figures))
         else:
             sys.exit(f"{name} holds neither the demo's figures nor a run of the attention suite.")

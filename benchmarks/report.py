@@ -63,6 +63,12 @@ def _megabytes(size: int | None) -> str:
     return "?" if size is None else f"{size / (1 << 20):.1f}"
 
 
+def setting(facts: Mapping[str, Any]) -> str:
+    """On what a run was made, in words."""
+    plural = "" if facts["threads"] == 1 else "s"
+    return f"{facts['threads']} thread{plural} of {facts['processor']} ({facts['isa']})"
+
+
 @dataclass(frozen=True)
 class Mean:
     """The ratios to the best peer of all cases of one kind, summed up.

@@ -70,6 +70,7 @@ def test_a_suite_runs(suite, case, tmp_path):
     facts = found["conditions"]
     assert facts["torch"] == torch.__version__ and facts["commit"] and facts["threads"] == 1
     assert f"pinned to processor {facts['pinned'][0]}" in done.stdout
+    assert facts["processor_share"] > 0
 
 
 @needs_kernels
@@ -191,7 +192,7 @@ def test_what_float64_cannot_follow_is_judged_on_fewer_heads_and_rows():
 
 def test_a_peer_that_cannot_run_says_why():
     def broken(x, weight, bias):
-        raise NotImplementedError("no such kernel\nand more")
+        raise NotImplementedError("no such kernel.\nAnd more.")
 
     case = testing.NormCase("norm-3x8", "bench", (3, 8))
     contest = bench_norm.contest(case, "fp32")
@@ -240,6 +241,22 @@ def test_pinning_takes_as_many_processors_as_threads():
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
     with pytest.raises(ValueError, match="threads is 0; this process may use 1 to "):
         timing.pin(0)
+
+
+def test_peaks(kernels):
+    """The probes answer for every set, and a wider one is no slower than half the narrower."""
+    from fast_transformer import _machine
+
+    isas = _library.status().available
+    flops = [_machine.peak_flops(isa, "float32") for isa in isas]
+    assert all(better > worse / 2 for worse, better in zip(flops, flops[1:], strict=False))
+    assert _machine.read_bandwidth(isas[-1], 1 << 14) > 1e8
+    assert _machine.copy_bandwidth(isas[-1], 1 << 14) > 1e8
+    assert all(_machine.streaming_bandwidth(isa, 1 << 14) > 1e7 for isa in isas)
+    with pytest.raises(ValueError, match="isa is 'mmx'; accepted on this machine: "):
+        _machine.peak_flops("mmx", "float32")
+    with pytest.raises(ValueError, match="dtype is 'int8'; accepted: float32, bfloat16, float16"):
+        _machine.peak_flops(isas[-1], "int8")
 
 
 def test_roofline_goes_beyond_the_last_cache():

@@ -82,7 +82,7 @@ def test_tables_of_the_readme_are_what_the_runs_write(tmp_path, monkeypatch):
 
     def result(kind, step, dtype, ratio):
         timings = {"ours": {}, "sdpa": {}, "formula": {}}
-        return {"suite": "attention", "case": kind, "kind": kind, "step": step, "dtype": dtype,
+        return {"case": kind, "kind": kind, "step": step, "dtype": dtype,
                 "ratio": ratio, "wrong": None, "timings": timings, "behind": ratio < 1}  # fmt: skip
 
     run = {

@@ -15,6 +15,7 @@ from fast_transformer.benchmarks.suites import SUITES, Options, results
 from fast_transformer.timing import conditions, pin, steady
 
 ALL = "all"
+ALONE = 0.95  # of its processor's time is what a thread gets that has it to itself
 TREE = Path(roofline.__file__).parents[1]
 
 
@@ -36,13 +37,14 @@ def run(suite: str, options: Options, threads: int, output: Path) -> None:
     memory.one_arena()
     facts = conditions() | {"pinned": pinned, "commit": commit(), "rounds": options.rounds}
     print(
-        f"{facts['processor']}, {facts['isa']}, torch {facts['torch']}, {threads} threads, "
-        f"pinned to processor {', '.join(map(str, pinned))}"
+        f"{report.setting(facts)}, pinned to processor {', '.join(map(str, pinned))}; "
+        f"torch {facts['torch']}, commit {facts['commit']}"
     )
     output.mkdir(parents=True, exist_ok=True)
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     file = output / f"{suite}-{stamp}.json"
     known: dict[str, Any] = {"conditions": facts, "roofline": [], "results": []}
+    wall, own = time.perf_counter(), time.process_time()
     for each in SUITES if suite == ALL else (suite,):
         print(f"\n{each}")
         if each == roofline.SUITE:
@@ -51,7 +53,13 @@ def run(suite: str, options: Options, threads: int, output: Path) -> None:
             known["roofline"] = [limit.figures() for limit in limits]
         else:
             known["results"] += contests(each, options)
+        facts["processor_share"] = (time.process_time() - own) / (time.perf_counter() - wall)
         file.write_text(json.dumps(known, indent=1, default=str) + "\n")  # what is done is kept
+    if threads == 1 and facts["processor_share"] < ALONE:
+        print(
+            f"\nwarning: this process had {facts['processor_share']:.0%} of its processor; others "
+            "ran there, and what little they leave makes figures that do not repeat"
+        )
     print(f"\nwrote {file}")
     sys.exit(any(r["wrong"] for r in known["results"]))
 
