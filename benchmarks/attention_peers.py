@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from fast_transformer.benchmarks import attention_masks as masks
-from fast_transformer.benchmarks.contest import Entry
-from fast_transformer.benchmarks.memory import available_memory
 from torch import Tensor
 from torch.nn import functional as F
 
+from fast_transformer.benchmarks import attention_masks as masks
+from fast_transformer.benchmarks.contest import Entry
+from fast_transformer.benchmarks.memory import available_memory
 from fast_transformer.testing import AttentionCase
 
 Inputs = Mapping[str, Any]

@@ -8,7 +8,6 @@ from dataclasses import replace
 from fast_transformer.benchmarks import attention_masks as masks
 from fast_transformer.benchmarks import attention_peers as peers
 from fast_transformer.benchmarks.contest import DTYPES, Contest, Entry
-
 from fast_transformer.ops import attention, attention_varlen
 from fast_transformer.testing import AttentionCase, cases
 

@@ -2,9 +2,9 @@
 
 import math
 
-from fast_transformer.benchmarks.contest import DTYPES, Contest, Entry
 from torch.nn import functional as F
 
+from fast_transformer.benchmarks.contest import DTYPES, Contest, Entry
 from fast_transformer.ops import linear_act, mlp
 from fast_transformer.testing import MlpCase, cases
 

@@ -1,8 +1,8 @@
 """layer_norm and add_norm against F.layer_norm and what one adds to it by hand."""
 
-from fast_transformer.benchmarks.contest import DTYPES, Contest, Entry
 from torch.nn import functional as F
 
+from fast_transformer.benchmarks.contest import DTYPES, Contest, Entry
 from fast_transformer.ops import add_norm, layer_norm
 from fast_transformer.testing import NormCase, cases
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from fast_transformer.benchmarks.memory import peak_memory
 from torch import Tensor
 
 from fast_transformer import backends, testing
+from fast_transformer.benchmarks.memory import peak_memory
 from fast_transformer.timing import Timing, copy_rate, interleaved, peak_flops
 
 Function = Callable[..., Tensor]

@@ -8,9 +8,10 @@ import matplotlib
 
 matplotlib.use("Agg")  # a file, never a window
 
-from fast_transformer.benchmarks.report import setting  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.ticker import ScalarFormatter  # noqa: E402
+
+from fast_transformer.benchmarks.report import setting  # noqa: E402
 
 HEAD_DIM = 64
 KINDS = {"full": "full", "causal": "causal (half the products)"}

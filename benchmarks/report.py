@@ -11,7 +11,6 @@ from typing import Any
 
 from fast_transformer.benchmarks import bench_calls
 from fast_transformer.benchmarks.contest import Result
-
 from fast_transformer.timing import Timing
 
 Figures = Mapping[str, Any]  # Result.figures()

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fast_transformer.benchmarks.memory import available_memory
-
 from fast_transformer import _library
+from fast_transformer.benchmarks.memory import available_memory
 
 SUITE = "roofline"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fast_transformer import testing
 from fast_transformer.benchmarks import (
     bench_attention,
     bench_calls,
@@ -12,8 +13,6 @@ from fast_transformer.benchmarks import (
     roofline,
 )
 from fast_transformer.benchmarks.contest import STEPS, Result, compete, with_compiled
-
-from fast_transformer import testing
 from fast_transformer.timing import interleaved
 
 OPS = {suite.SUITE: suite for suite in (bench_attention, bench_norm, bench_mlp)}

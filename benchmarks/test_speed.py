@@ -12,7 +12,6 @@ pytest.importorskip("pytest_benchmark")
 
 from fast_transformer.benchmarks.contest import DTYPES, STEPS, Contest, judge  # noqa: E402
 from fast_transformer.benchmarks.suites import OPS  # noqa: E402
-
 from fast_transformer.timing import pin, steady  # noqa: E402
 
 # contenders last, so that those of one contest follow one another

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from fast_transformer.benchmarks import compare, report
 
 for needed in ("typer", "rich", "matplotlib"):

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+
+from fast_transformer import _library, testing, timing
 from fast_transformer.benchmarks import attention_masks as masks
 from fast_transformer.benchmarks import (
     attention_peers,
@@ -20,8 +22,6 @@ from fast_transformer.benchmarks import (
     suites,
 )
 from fast_transformer.benchmarks.contest import Entry, compete
-
-from fast_transformer import _library, testing, timing
 
 for needed in ("typer", "rich"):
     pytest.importorskip(needed)
