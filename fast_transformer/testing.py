@@ -2,8 +2,9 @@
 
 A case says what is computed, not on what: `case.inputs(dtype)` makes fresh arguments for the public
 function `case.op`, the same at every call. Cases for "test" are small and odd, those for "bench"
-have the sizes that models use; both lists are fixed, so that no kernel is tuned to be measured.
-Those of attention are in attention_cases.py.
+have the sizes that models use, those for "long" take minutes; all are fixed, so that no kernel is
+tuned to be measured. A case's `kind` is the class that it is summed up in. Those of attention are
+in attention_cases.py.
 """
 
 from collections.abc import Iterable
@@ -59,6 +60,11 @@ class NormCase:
         return "add_norm" if self.added else "layer_norm"
 
     @property
+    def kind(self) -> str:
+        """What passes over the memory there are."""
+        return f"{self.op}, dropout" if self.dropout_p > 0 else self.op
+
+    @property
     def wrt(self) -> tuple[str, ...]:
         """The arguments that have a gradient."""
         parameters = ("weight", "bias") if self.affine else ()
@@ -96,6 +102,11 @@ class MlpCase:
     def op(self) -> str:
         """The public function."""
         return "linear_act" if len(self.shape) == 3 else "mlp"
+
+    @property
+    def kind(self) -> str:
+        """The public function."""
+        return self.op
 
     @property
     def wrt(self) -> tuple[str, ...]:
@@ -186,5 +197,5 @@ CASES: tuple[Case, ...] = (
 
 
 def cases(family: str, use: str) -> list[Case]:
-    """Return the cases of one family for "test" or "bench"."""
+    """Return the cases of one family for "test", "bench" or "long"."""
     return [case for case in CASES if case.family == family and case.use == use]

@@ -16,12 +16,23 @@ void mlp_bwd(const MlpGradParams&, const Parallel&);
 double peak_flops(DType);
 double read_bandwidth(int64_t bytes);
 double copy_bandwidth(int64_t bytes);
+double streaming_bandwidth(int64_t bytes);
 }  // namespace ft::FT_ISA
 
 namespace isa = ft::FT_ISA;
 
 const ft::Kernels ft_cpu_kernels = {
-    FT_STRING(FT_ISA), isa::attention_fwd,  isa::attention_bwd,  isa::norm_fwd,
-    isa::norm_bwd,     isa::linear_act_fwd, isa::linear_act_bwd, isa::mlp_fwd,
-    isa::mlp_bwd,      isa::peak_flops,     isa::read_bandwidth, isa::copy_bandwidth,
+    FT_STRING(FT_ISA),
+    isa::attention_fwd,
+    isa::attention_bwd,
+    isa::norm_fwd,
+    isa::norm_bwd,
+    isa::linear_act_fwd,
+    isa::linear_act_bwd,
+    isa::mlp_fwd,
+    isa::mlp_bwd,
+    isa::peak_flops,
+    isa::read_bandwidth,
+    isa::copy_bandwidth,
+    isa::streaming_bandwidth,
 };

@@ -22,6 +22,7 @@ struct Kernels {
   double (*peak_flops)(DType);
   double (*read_bandwidth)(int64_t bytes);
   double (*copy_bandwidth)(int64_t bytes);
+  double (*streaming_bandwidth)(int64_t bytes);
 };
 
 }  // namespace ft
