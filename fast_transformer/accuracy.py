@@ -9,7 +9,11 @@ from torch import Tensor
 
 from fast_transformer import backends, ops
 
-LOGARITHMS = {"attention": ("1",), "attention_varlen": ("1",)}  # outputs that are logarithms
+LOGARITHMS = {  # outputs that are logarithms
+    "attention": ("1",),
+    "attention_decode": ("1",),
+    "attention_varlen": ("1",),
+}
 DRAWS = 7
 Pair = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # results at a dtype and in float64
 

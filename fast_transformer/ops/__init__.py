@@ -5,7 +5,16 @@ its C++ operators, in this order of a call's travel.
 """
 
 from fast_transformer.ops.attention import attention, attention_varlen
+from fast_transformer.ops.decode import attention_decode
 from fast_transformer.ops.mlp import linear_act, mlp
 from fast_transformer.ops.norm import add_norm, layer_norm
 
-__all__ = ["add_norm", "attention", "attention_varlen", "layer_norm", "linear_act", "mlp"]
+__all__ = [
+    "add_norm",
+    "attention",
+    "attention_decode",
+    "attention_varlen",
+    "layer_norm",
+    "linear_act",
+    "mlp",
+]
