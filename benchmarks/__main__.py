@@ -10,7 +10,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bench_attention, bench_calls, bench_mlp, bench_models, bench_norm
+from benchmarks import (
+    bench_attention,
+    bench_calls,
+    bench_decode,
+    bench_mlp,
+    bench_models,
+    bench_norm,
+)
 from benchmarks.contest import DTYPES, Result, compete, grid, with_compiled
 from fast_transformer.timing import (
     Timing,
@@ -18,10 +25,11 @@ from fast_transformer.timing import (
     copy_rate,
     interleaved,
     peak_flops,
+    read_rate,
     steady,
 )
 
-OPS = {suite.SUITE: suite for suite in (bench_attention, bench_norm, bench_mlp)}
+OPS = {suite.SUITE: suite for suite in (bench_attention, bench_norm, bench_mlp, bench_decode)}
 SUITES = [*OPS, bench_calls.SUITE, bench_models.SUITE]
 HEADER = f"{'case':38} {'dtype':5} {'pass':8} {'ours':>16} {'best peer':>26} {'ratio':>6}"
 
@@ -92,7 +100,8 @@ def limit(r: Result) -> str:
     elif r.bytes is not None:
         # powers of two, so that shapes of about one size share a measurement
         size = 1 << max(12, round(r.bytes / threads).bit_length())
-        rate, unit, peak = r.bytes / seconds, "GB/s", copy_rate(size)
+        peak = read_rate(size) if r.reads_alone else copy_rate(size)
+        rate, unit = r.bytes / seconds, "GB/s"
     else:
         return ""
     part = f" {rate / peak / threads:4.0%} of the limit" if peak else ""

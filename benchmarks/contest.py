@@ -49,6 +49,7 @@ class Contest:
     """A case of `testing.CASES` at one dtype, with ours and what PyTorch offers for it.
 
     flops, bytes: of the forward and of the backward pass; whichever the op is bound by is given.
+    reads_alone: the bytes are read, and next to nothing is written.
     """
 
     case: testing.Case
@@ -57,6 +58,7 @@ class Contest:
     peers: Mapping[str, Entry]
     flops: tuple[float, float] | None = None
     bytes: tuple[float, float] | None = None
+    reads_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Result:
     plain_error: float = 0.0
     backend: str = ""
     wrong: str | None = None
+    reads_alone: bool = False
 
     @property
     def best(self) -> str:
@@ -134,7 +137,7 @@ def compete(suite: str, contest: Contest, rounds: int, steps: Iterable[str]) -> 
     except AssertionError as error:
         yield Result(suite, case.name, dtype, "both", wrong=str(error))
         return
-    for step in steps:
+    for step in steps if case.wrt else ("forward",):
         entries = {"ours": contest.ours, **contest.peers}
         make = Entry.forward if step == "forward" else Entry.backward
         calls = {name: make(entry) for name, entry in entries.items()}
@@ -143,7 +146,7 @@ def compete(suite: str, contest: Contest, rounds: int, steps: Iterable[str]) -> 
         yield Result(
             suite, case.name, dtype, step, interleaved(calls, rounds, seconds=0.003),
             contest.flops and contest.flops[pick], contest.bytes and contest.bytes[pick],
-            *map(max, zip(*of_step, strict=True)), backend,
+            *map(max, zip(*of_step, strict=True)), backend, reads_alone=contest.reads_alone,
         )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ def benchmarks(*arguments, before=""):
         ("attention", "causal-T77-D64"),
         ("norm", "add-dropout-1x768"),
         ("mlp", "mlp-1x384"),
+        ("decode", "decode-B1-H12-12-S128-D64"),
     ],
 )
 def test_a_suite_runs(suite, case, tmp_path):
@@ -38,7 +39,9 @@ def test_a_suite_runs(suite, case, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / f"{suite}.json").read_text())
     assert [(r["case"], r["dtype"], r["step"]) for r in found["results"]] == [
-        (case, dtype, step) for dtype in ("fp32", "bf16") for step in ("forward", "backward")
+        (case, dtype, step)
+        for dtype in ("fp32", "bf16")
+        for step in (("forward",) if suite == "decode" else ("forward", "backward"))
     ]
     for r in found["results"]:
         assert r["wrong"] is None and r["ratio"] > 0 and r["error"] > 0
@@ -69,22 +72,25 @@ def test_a_wrong_answer_has_no_speed(tmp_path):
 @pytest.fixture
 def suites(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import bench_attention, bench_mlp, bench_norm
+    from benchmarks import bench_attention, bench_decode, bench_mlp, bench_norm
 
-    return {suite.SUITE: suite for suite in (bench_attention, bench_norm, bench_mlp)}
+    return {s.SUITE: s for s in (bench_attention, bench_decode, bench_norm, bench_mlp)}
 
 
 def small(case):
     """The case on a shape of no consequence; what it computes stays."""
     if case.family == "attention":
         return dataclasses.replace(case, shape=(3, 2, 33, 33, 16))
+    if case.family == "decode":
+        B, H, KV, T = case.shape[:4]
+        return dataclasses.replace(case, shape=(min(B, 2), H, KV, T, 33, 16))
     return dataclasses.replace(case, shape=tuple(5 + i for i in range(len(case.shape))))
 
 
-@pytest.mark.parametrize("suite", ["attention", "norm", "mlp"])
+@pytest.mark.parametrize("suite", ["attention", "decode", "norm", "mlp"])
 def test_peers_compute_the_same(suites, suite):
     for case in map(small, suites[suite].CASES):
-        if case.dropout_p > 0:
+        if getattr(case, "dropout_p", 0) > 0:
             continue
         contest = suites[suite].contest(case, "fp32")
         ours = contest.ours.function(**contest.ours.inputs)

@@ -51,8 +51,8 @@ def attention_decode(
         causal: row i sees key j iff j ≤ i + keys − T, where keys counts the new ones too: the last
             row sees every key.
         window: (left, right): row i sees no key further from i + keys − T; −1 sets no bound.
-        alibi_slopes: (heads,) or (batch, heads) float32, or float64 as query; slope · |i + keys − T − j| is subtracted
-            from a score (Press et al. 2022).
+        alibi_slopes: (heads,) or (batch, heads) float32, or float64 as query;
+            slope · |i + keys − T − j| is subtracted from a score (Press et al. 2022).
         softcap: c > 0 turns scaled scores into c · tanh(score / c), before ALiBi.
         return_lse: return the natural logarithm of the softmax's denominator too.
 
@@ -136,7 +136,7 @@ def _check_inputs(query, key_cache, value_cache):
     if kv_heads == 0 or heads % kv_heads != 0:
         raise ValueError(
             f"{OP}: key_cache has {kv_heads} heads but query has {heads}; "
-            "the one must be a divisor of the other."
+            "kv_heads must divide heads."
         )
 
 
@@ -182,7 +182,7 @@ def _check_room(query, key_cache, cache_lengths, block_table, new_length):
         if blocks != B:
             raise ValueError(
                 f"{OP}: key_cache has batch {blocks} but query has {B}; "
-                "they must match (or a block_table say which blocks are whose)."
+                "they must match, or a block_table say which blocks belong to which sequence."
             )
     else:
         arguments.integer_tensor(OP, "block_table", block_table, query)
@@ -192,6 +192,8 @@ def _check_room(query, key_cache, cache_lengths, block_table, new_length):
                 f"it must be ({B}, max_blocks), one row per sequence."
             )
         room, where = block_table.shape[1] * block_size, "block_table gives"
+    if new_length > room:
+        raise ValueError(f"{OP}: new_key has length {new_length}; {where} room for {room} keys.")
     if arguments.readable(cache_lengths):
         lengths = cache_lengths.tolist()
         for b, length in enumerate(lengths):

@@ -18,7 +18,7 @@ def attention_decode(
     alibi_slopes=None,
     softcap=0.0,
 ):
-    """softmax(cap(Q Kᵀ · scale) − slope · |distance|) V over the keys of a cache, and its logsumexp.
+    """softmax(cap(Q Kᵀ · scale) − slope · |distance|) V over a cache, and its logsumexp.
 
     query: (batch, heads, T, head_dim). key_cache, value_cache: (batch, kv_heads, S, dim), or with
     block_table (batch, max_blocks) (blocks, kv_heads, block_size, dim), where key j of sequence b
