@@ -3,9 +3,8 @@
 //
 // The keys are cut in splits, and a unit of work is a split of one key/value head: all query rows
 // that share the head meet it together (Flash-Decoding, Dao et al. 2023). New keys are written by
-// the unit they fall into. Rows of a head may lie far apart in memory, where the hardware does not
-// see the next ones coming, so the values are fetched while the keys are met, and the keys of the
-// unit that follows while the values are.
+// the unit they fall into. Where a head's rows are far apart in memory the hardware does not see
+// the next ones coming, so they are fetched some keys ahead.
 #include "../common/decode.h"
 
 #include <algorithm>
@@ -13,8 +12,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "decode_amx.h"
 #include "decode_scores.h"
-#include "dots.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "softmax.h"
@@ -30,6 +29,8 @@ constexpr int64_t kSplit = 512;
 // columns go over them, and a sum starts anew with each, which keeps its rounding error down.
 constexpr int64_t kChunk = 64;
 static_assert(kSplit % kChunk == 0 && kChunk % (2 * kWidth) == 0);
+// How many keys ahead rows are fetched, where they do not follow one another in memory.
+constexpr int64_t kAhead = 64;
 // Waking another thread takes about as long as to read this.
 constexpr int64_t kThreadBytes = int64_t{128} << 10;
 
@@ -88,6 +89,9 @@ struct Parts {
   SoftmaxState* states;  // (slots, rows)
 };
 
+// Sums of values are held in whole pairs of vectors.
+constexpr int64_t padded(int64_t value_dim) { return round_up(value_dim, 2 * kWidth); }
+
 // Addresses of the rows of keys `range` of one head.
 template <typename T>
 void addresses(const DecodeParams& p, const HeadsView& cache, int64_t b, int64_t kv_head,
@@ -138,7 +142,8 @@ class Worker {
         group_(p.heads / p.kv_heads),
         rows_(group_ * p.q_len),
         depth_(lanes<D>(p.head_dim)),
-        padded_dim_(round_up(p.value_dim, kWidth)),
+        padded_dim_(padded(p.value_dim)),
+        scattered_(p.key_cache.stride[2] != p.head_dim),
         scores_(p),
         power_(scores_.factor()),
         scratch_(ScratchSize::of([&](auto& size) { take_all(size); })) {
@@ -159,7 +164,7 @@ class Worker {
     float* sums = alone ? sums_ : parts_.sums + unit.slot * rows_ * padded_dim_;
     SoftmaxState* states = alone ? states_ : parts_.states + unit.slot * rows_;
     std::fill_n(states, rows_, SoftmaxState{});
-    if (range.size() > 0) attend(unit, number, keys, range, sums, states);
+    if (range.size() > 0) attend(unit, keys, range, sums, states);
     if (!alone) return;
     for (int64_t r = 0; r < rows_; ++r) {
       finish_row<T>(p_, unit.batch, head_of(unit, r), r % p_.q_len, sums + r * padded_dim_,
@@ -172,12 +177,15 @@ class Worker {
   void take_all(From& from) {
     queries_ = from.template take<Lane>(rows_ * depth_);
     products_ = from.template take<float>(rows_ * kRowLength);
-    probabilities_ = from.template take<Lane>(kInPlace ? 0 : rows_ * kRowLength / D::kPerLane);
+    probabilities_ = from.template take<Lane>(kInPlace ? 0 : round_up(rows_, kWidth) * kLanes);
     sums_ = from.template take<float>(rows_ * padded_dim_);
     states_ = from.template take<SoftmaxState>(rows_);
-    keys_ = from.template take<const T*>(kSplit + kWidth);
-    values_ = from.template take<const T*>(kSplit + kWidth);
-    ahead_ = from.template take<const T*>(kSplit + kWidth);
+    keys_ = from.template take<const T*>(kRowLength);
+    values_ = from.template take<const T*>(kRowLength);
+    if constexpr (D::kInMatrixUnit) {
+      unit_queries_ = from.template take<Lane>(unit_queries(rows_, p_.head_dim));
+      unit_keys_ = from.template take<T>(unit_keys(p_.head_dim));
+    }
     no_row_ = from.template take<T>(std::max(p_.head_dim, p_.value_dim));
   }
 
@@ -201,12 +209,12 @@ class Worker {
     }
   }
 
-  void attend(const Splits::Unit& unit, int64_t number, int64_t keys, KeyRange range, float* sums,
+  void attend(const Splits::Unit& unit, int64_t keys, KeyRange range, float* sums,
               SoftmaxState* states) {
     const int64_t count = range.size();
     // rows that make whole vectors of what the last key leaves: zeros, which are no one's
-    std::fill_n(keys_ + count, kWidth, no_row_);
-    std::fill_n(values_ + count, kWidth, no_row_);
+    std::fill_n(keys_ + count, kSlack, no_row_);
+    std::fill_n(values_ + count, kSlack, no_row_);
     addresses(p_, p_.key_cache, unit.batch, unit.kv_head, range, keys_);
     addresses(p_, p_.value_cache, unit.batch, unit.kv_head, range, values_);
     for (int64_t g = 0; g < group_; ++g) {
@@ -215,13 +223,31 @@ class Worker {
     }
     multiply(count);
     for (int64_t r = 0; r < rows_; ++r) softmax(unit, keys, range, r, states[r]);
-    weigh_values(count, keys_ahead(number + 1), sums);
+    weigh(count, sums);
+  }
+
+  // Fetches rows [begin, end) of the keys and, after the last of them, of the values.
+  void fetch_ahead(int64_t begin, int64_t end, int64_t count) const {
+    if (!scattered_) return;
+    for (int64_t i = begin; i < std::min(end, count); ++i) fetch(keys_[i], p_.head_dim);
+    for (int64_t i = std::max(begin, count); i < std::min(end, 2 * count); ++i) {
+      fetch(values_[i - count], p_.value_dim);
+    }
   }
 
   // products_[r][j] = query row r · key j
   void multiply(int64_t count) {
+    if constexpr (D::kInMatrixUnit) {
+      pack_queries_amx(queries_, rows_, depth_, unit_queries_);
+      for (int64_t j = 0; j < count; j += kUnitKeys) {
+        fetch_ahead(j + kAhead, j + kAhead + kUnitKeys, count);
+        multiply_keys_amx(unit_queries_, rows_, p_.head_dim, keys_ + j,
+                          std::min(kUnitKeys, count - j), unit_keys_, products_ + j, kRowLength);
+      }
+      return;
+    }
     for (int64_t j = 0; j < count; j += kWidth) {
-      for (int64_t k = j; k < std::min(count, j + kWidth); ++k) fetch(values_[k], p_.value_dim);
+      fetch_ahead(j + kAhead, j + kAhead + kWidth, count);
       for_row_blocks(rows_, [&]<int kRows>(std::integral_constant<int, kRows>, int64_t r) {
         constexpr int kKeys = kWidth / kRows;
         for (int64_t k = j; k < j + kWidth; k += kKeys) {
@@ -235,13 +261,12 @@ class Worker {
   // The products of row r become probabilities, zero where it does not see the key.
   void softmax(const Splits::Unit& unit, int64_t keys, KeyRange range, int64_t r,
                SoftmaxState& state) {
-    const int64_t i = r % p_.q_len, end = round_up(range.size(), kWidth);
+    const int64_t i = r % p_.q_len, end = round_up(range.size(), kSlack);
     const KeyRange seen = seen_by_row(p_, keys, i).within(range);
     const int64_t first = seen.size() ? seen.begin - range.begin : 0, count = seen.size();
     float* products = products_ + r * kRowLength;
-    auto* p =
-        reinterpret_cast<Probability*>(kInPlace ? reinterpret_cast<Lane*>(products)
-                                                : probabilities_ + r * (kRowLength / D::kPerLane));
+    auto* p = reinterpret_cast<Probability*>(kInPlace ? reinterpret_cast<Lane*>(products)
+                                                      : probabilities_ + r * kLanes);
     if (count > 0) {
       scores_.apply(unit.batch, head_of(unit, r), i, keys, seen, products + first);
       state.meet(fold(largest(products + first, count), [](Vec a, Vec b) { return max(a, b); }),
@@ -258,40 +283,41 @@ class Worker {
     return of_row[0];
   }
 
-  // The addresses of the keys that unit `number` reads, to fetch them; there may be no such unit.
-  int64_t keys_ahead(int64_t number) {
-    if (number >= splits_.units()) return 0;
-    const Splits::Unit unit = splits_.unit(number);
-    const KeyRange split = KeyRange{unit.split * kSplit, (unit.split + 1) * kSplit};
-    const KeyRange range = seen_by_any(p_, splits_.keys(unit.batch)).within(split);
-    addresses(p_, p_.key_cache, unit.batch, unit.kv_head, range, ahead_);
-    return range.size();
-  }
-
-  void weigh_values(int64_t count, int64_t ahead, float* sums) {
+  void weigh(int64_t count, float* sums) {
+    if constexpr (D::kInMatrixUnit) {
+      fetch_ahead(count + kAhead, 2 * count, count);
+      weigh_values_amx(probabilities_, kLanes, rows_, round_up(count, 2 * kWidth), values_,
+                       p_.value_dim, sums, padded_dim_);
+      return;
+    }
     const Lane* p = kInPlace ? reinterpret_cast<const Lane*>(products_) : probabilities_;
-    constexpr int64_t kLanes = kRowLength / D::kPerLane;
     for (int64_t j = 0; j < count; j += kChunk) {
-      for (int64_t k = j; k < std::min(ahead, j + kChunk); ++k) fetch(ahead_[k], p_.head_dim);
+      fetch_ahead(count + j + kAhead, count + j + kAhead + kChunk, count);
       weigh_rows<D, T>(p + j / D::kPerLane, kLanes, rows_, lanes<D>(std::min(kChunk, count - j)),
                        values_ + j, p_.value_dim, sums, padded_dim_, j > 0);
     }
   }
 
-  static constexpr int64_t kRowLength = kSplit + 2 * kWidth;
+  static constexpr int64_t kSlack = 2 * kWidth;  // keys that fill up vectors, pairs of vectors
+  static constexpr int64_t kRowLength = kSplit + kSlack;
+  static constexpr int64_t kLanes = kRowLength / D::kPerLane;
 
   const DecodeParams& p_;
   const Splits& splits_;
   const Parts& parts_;
   const int64_t group_, rows_, depth_, padded_dim_;
+  const bool scattered_;
   const Scores scores_;
   const Power<D::kPerLane == 2 ? 3 : 6> power_;
   Scratch scratch_;
   Lane *queries_, *probabilities_;
   float *products_, *sums_;
   SoftmaxState* states_;
-  const T **keys_, **values_, **ahead_;
+  const T **keys_, **values_;
   T* no_row_;
+  const DecodeUnit unit_{D::kInMatrixUnit};
+  Lane* unit_queries_ = nullptr;
+  T* unit_keys_ = nullptr;
 };
 
 // Puts the parts of each row together, in the order of their keys.
@@ -299,7 +325,7 @@ template <typename T>
 void merge(const DecodeParams& p, const Splits& splits, const Parts& parts, int64_t b,
            int64_t kv_head) {
   const int64_t group = p.heads / p.kv_heads, rows = group * p.q_len;
-  const int64_t padded_dim = round_up(p.value_dim, kWidth);
+  const int64_t padded_dim = padded(p.value_dim);
   const double factor = Scores(p).factor();
   const int64_t first = splits.slot(b, kv_head), end = first + splits.count(b);
   for (int64_t r = 0; r < rows; ++r) {
@@ -338,7 +364,7 @@ void decode(const DecodeParams& p, const Parallel& parallel) {
   const int64_t slots = most > 1 ? splits.units() : 0;
   Parts parts;
   const auto take_all = [&](auto& from) {
-    parts.sums = from.template take<float>(slots * rows * round_up(p.value_dim, kWidth));
+    parts.sums = from.template take<float>(slots * rows * padded(p.value_dim));
     parts.states = from.template take<SoftmaxState>(slots * rows);
   };
   Scratch scratch(ScratchSize::of(take_all));

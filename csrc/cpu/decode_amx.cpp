@@ -1,0 +1,190 @@
+// The two products of decode in AMX's matrix unit, on rows of a cache that are read in place.
+//
+// One tile of 16 x 16 results serves up to 16 query rows at the cost of one, so what is left to pay
+// is the reading. Keys are loaded as the left operand, as they lie: a tile of products is the
+// transpose of what is wanted, and is turned in registers. Values must come in pairs of keys: two
+// rows at a time are interleaved on their way to a tile's worth of memory in L1.
+#include "decode_amx.h"
+
+#if defined(__AMX_BF16__)
+#include <algorithm>
+
+#include "weighted_rows.h"
+
+namespace ft::FT_ISA {
+namespace {
+
+constexpr int kTile = kUnitRows;
+static_assert(kTile == kWidth && kUnitPair == 2 * kTile && kUnitKeys == 4 * kTile);
+
+// Four tiles of results, and the operands. The intrinsics want literal numbers.
+#define FT_C0 0
+#define FT_C1 1
+#define FT_C2 2
+#define FT_C3 3
+#define FT_LEFT0 4
+#define FT_LEFT1 5
+#define FT_RIGHT0 6
+#define FT_RIGHT1 7
+
+// 16 keys as left operands: where they lie if they are one stride apart and of whole tiles, else
+// copied, with zeros behind their ends.
+struct KeyTiles {
+  const bf16* data;
+  int64_t stride;  // bytes
+
+  KeyTiles(const bf16* const* keys, int64_t dim, bf16* buffer) {
+    stride = reinterpret_cast<const char*>(keys[1]) - reinterpret_cast<const char*>(keys[0]);
+    data = keys[0];
+    bool as_they_lie = dim % (2 * kTile) == 0;
+    for (int i = 0; i < kTile; ++i) {
+      as_they_lie &= reinterpret_cast<const char*>(keys[i]) ==
+                     reinterpret_cast<const char*>(keys[0]) + i * stride;
+    }
+    if (as_they_lie) return;
+    const int64_t padded = in_whole(dim, kUnitPair);
+    for (int i = 0; i < kTile; ++i) {
+      for (int64_t d = 0; d < dim; d += 2 * kTile) {
+        store_bits(buffer + i * padded + d, load_row_lanes<BFloat16Dot>(keys[i] + d, dim - d));
+      }
+    }
+    data = buffer;
+    stride = padded * static_cast<int64_t>(sizeof(bf16));
+  }
+};
+
+}  // namespace
+
+DecodeUnit::DecodeUnit(bool wanted) : held_(wanted) {
+  if (!wanted) return;
+  struct alignas(64) {  // Intel, Software Developer's Manual, LDTILECFG
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } configuration;
+  for (int tile = 0; tile < 8; ++tile) {
+    configuration.bytes[tile] = 4 * kTile;
+    configuration.rows[tile] = kTile;
+  }
+  asm volatile("" : : "r"(&configuration) : "memory");  // GCC knows of its first 8 bytes alone
+  _tile_loadconfig(&configuration);
+}
+DecodeUnit::~DecodeUnit() {
+  if (held_) _tile_release();
+}
+
+// As right operands: lane l of row r goes to row l of tile (r / 16, l / 16), column r.
+void pack_queries_amx(const uint32_t* rows, int64_t count, int64_t depth, uint32_t* queries) {
+  for (int64_t r = 0; r < count; r += kTile) {
+    for (int64_t l = 0; l < depth; l += kTile, queries += kTile * kTile) {
+      UVec block[kTile];
+      for (int64_t i = 0; i < kTile; ++i) {
+        block[i] = UVec{};
+        const int64_t here = std::min<int64_t>(kTile, depth - l);
+        if (r + i < count) std::memcpy(&block[i], rows + (r + i) * depth + l, 4 * here);
+      }
+      transpose(block);
+      for (int64_t i = 0; i < kTile; ++i) store_bits(queries + i * kTile, block[i]);
+    }
+  }
+}
+
+void multiply_keys_amx(const uint32_t* queries, int64_t rows, int64_t dim, const bf16* const* keys,
+                       int64_t count, bf16* copied, float* products, int64_t ld) {
+  const int64_t groups = (count + kTile - 1) / kTile, size = unit_keys(dim) / 4;
+  const auto tiles = [&](int64_t g) {
+    return KeyTiles(keys + (g < groups ? g * kTile : 0), dim, copied + g * size);
+  };
+  const KeyTiles k0 = tiles(0), k1 = tiles(1), k2 = tiles(2), k3 = tiles(3);
+  alignas(64) float results[4][kTile][kTile];
+  for (int64_t r = 0; r < rows; r += kTile) {
+    asm volatile("" : : : "memory");  // tile loads do not say that they read memory
+    _tile_zero(FT_C0);
+    _tile_zero(FT_C1);
+    _tile_zero(FT_C2);
+    _tile_zero(FT_C3);
+    for (int64_t d = 0; d < dim; d += 2 * kTile, queries += kTile * kTile) {
+      _tile_loadd(FT_RIGHT0, queries, 4 * kTile);
+      _tile_loadd(FT_LEFT0, k0.data + d, k0.stride);
+      _tile_dpbf16ps(FT_C0, FT_LEFT0, FT_RIGHT0);
+      if (groups > 1) {
+        _tile_loadd(FT_LEFT1, k1.data + d, k1.stride);
+        _tile_dpbf16ps(FT_C1, FT_LEFT1, FT_RIGHT0);
+      }
+      if (groups > 2) {
+        _tile_loadd(FT_LEFT0, k2.data + d, k2.stride);
+        _tile_dpbf16ps(FT_C2, FT_LEFT0, FT_RIGHT0);
+      }
+      if (groups > 3) {
+        _tile_loadd(FT_LEFT1, k3.data + d, k3.stride);
+        _tile_dpbf16ps(FT_C3, FT_LEFT1, FT_RIGHT0);
+      }
+    }
+    _tile_stored(FT_C0, results[0], 4 * kTile);
+    _tile_stored(FT_C1, results[1], 4 * kTile);
+    _tile_stored(FT_C2, results[2], 4 * kTile);
+    _tile_stored(FT_C3, results[3], 4 * kTile);
+    asm volatile("" : : : "memory");
+    for (int64_t g = 0; g < groups; ++g) {
+      UVec block[kTile];
+#pragma GCC unroll 16
+      for (int i = 0; i < kTile; ++i) block[i] = load_bits<UVec>(results[g][i]);
+      transpose(block);
+      for (int64_t i = 0; i < std::min<int64_t>(kTile, rows - r); ++i) {
+        store_bits(products + (r + i) * ld + g * kTile, block[i]);
+      }
+    }
+  }
+}
+
+void weigh_values_amx(const uint32_t* probabilities, int64_t p_ld, int64_t rows, int64_t count,
+                      const bf16* const* values, int64_t dim, float* out, int64_t out_ld) {
+  alignas(64) uint32_t pairs[2][2][kTile][kTile];
+  alignas(64) float results[4][kTile][kTile];
+  for (int64_t r = 0; r < rows; r += 2 * kTile) {
+    const bool two = rows - r > kTile;
+    const uint32_t* p = probabilities + r * p_ld;
+    for (int64_t col = 0; col < dim; col += kUnitPair) {
+      _tile_zero(FT_C0);
+      _tile_zero(FT_C1);
+      _tile_zero(FT_C2);
+      _tile_zero(FT_C3);
+      for (int64_t j = 0; j < count; j += kUnitPair) {
+        auto& to = pairs[j / kUnitPair % 2];
+#pragma GCC unroll 4
+        for (int i = 0; i < kTile; ++i) {
+          const UVec a = load_row_lanes<BFloat16Dot>(values[j + 2 * i] + col, dim - col);
+          const UVec b = load_row_lanes<BFloat16Dot>(values[j + 2 * i + 1] + col, dim - col);
+          store_bits(to[0][i], interleave_low(a, b));
+          store_bits(to[1][i], interleave_high(a, b));
+        }
+        asm volatile("" : : : "memory");  // tile loads do not say that they read memory
+        _tile_loadd(FT_RIGHT0, to[0], 4 * kTile);
+        _tile_loadd(FT_RIGHT1, to[1], 4 * kTile);
+        _tile_loadd(FT_LEFT0, p + j / 2, 4 * p_ld);
+        _tile_dpbf16ps(FT_C0, FT_LEFT0, FT_RIGHT0);
+        _tile_dpbf16ps(FT_C1, FT_LEFT0, FT_RIGHT1);
+        if (two) {
+          _tile_loadd(FT_LEFT1, p + kTile * p_ld + j / 2, 4 * p_ld);
+          _tile_dpbf16ps(FT_C2, FT_LEFT1, FT_RIGHT0);
+          _tile_dpbf16ps(FT_C3, FT_LEFT1, FT_RIGHT1);
+        }
+      }
+      _tile_stored(FT_C0, results[0], 4 * kTile);
+      _tile_stored(FT_C1, results[1], 4 * kTile);
+      _tile_stored(FT_C2, results[2], 4 * kTile);
+      _tile_stored(FT_C3, results[3], 4 * kTile);
+      asm volatile("" : : : "memory");
+      for (int64_t i = 0; i < std::min<int64_t>(2 * kTile, rows - r); ++i) {
+        Vec low = load(results[i / kTile * 2][i % kTile]);
+        Vec high = load(results[i / kTile * 2 + 1][i % kTile]);
+        put_in_order(low, high);
+        store(out + (r + i) * out_ld + col, low);
+        store(out + (r + i) * out_ld + col + kTile, high);
+      }
+    }
+  }
+}
+
+}  // namespace ft::FT_ISA
+#endif
