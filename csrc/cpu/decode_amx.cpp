@@ -144,11 +144,25 @@ void weigh_values_amx(const uint32_t* probabilities, int64_t p_ld, int64_t rows,
   for (int64_t r = 0; r < rows; r += 2 * kTile) {
     const bool two = rows - r > kTile;
     const uint32_t* p = probabilities + r * p_ld;
+    // keys [j, j + kUnitPair), whose values are in `of_keys`
+    const auto multiply = [&](int64_t j, const uint32_t (&of_keys)[2][kTile][kTile]) {
+      _tile_loadd(FT_RIGHT0, of_keys[0], 4 * kTile);
+      _tile_loadd(FT_RIGHT1, of_keys[1], 4 * kTile);
+      _tile_loadd(FT_LEFT0, p + j / 2, 4 * p_ld);
+      _tile_dpbf16ps(FT_C0, FT_LEFT0, FT_RIGHT0);
+      _tile_dpbf16ps(FT_C1, FT_LEFT0, FT_RIGHT1);
+      if (two) {
+        _tile_loadd(FT_LEFT1, p + kTile * p_ld + j / 2, 4 * p_ld);
+        _tile_dpbf16ps(FT_C2, FT_LEFT1, FT_RIGHT0);
+        _tile_dpbf16ps(FT_C3, FT_LEFT1, FT_RIGHT1);
+      }
+    };
     for (int64_t col = 0; col < dim; col += kUnitPair) {
       _tile_zero(FT_C0);
       _tile_zero(FT_C1);
       _tile_zero(FT_C2);
       _tile_zero(FT_C3);
+      // A tile is not loaded before its stores have reached the cache, so each waits one round.
       for (int64_t j = 0; j < count; j += kUnitPair) {
         auto& to = pairs[j / kUnitPair % 2];
 #pragma GCC unroll 4
@@ -159,17 +173,9 @@ void weigh_values_amx(const uint32_t* probabilities, int64_t p_ld, int64_t rows,
           store_bits(to[1][i], interleave_high(a, b));
         }
         asm volatile("" : : : "memory");  // tile loads do not say that they read memory
-        _tile_loadd(FT_RIGHT0, to[0], 4 * kTile);
-        _tile_loadd(FT_RIGHT1, to[1], 4 * kTile);
-        _tile_loadd(FT_LEFT0, p + j / 2, 4 * p_ld);
-        _tile_dpbf16ps(FT_C0, FT_LEFT0, FT_RIGHT0);
-        _tile_dpbf16ps(FT_C1, FT_LEFT0, FT_RIGHT1);
-        if (two) {
-          _tile_loadd(FT_LEFT1, p + kTile * p_ld + j / 2, 4 * p_ld);
-          _tile_dpbf16ps(FT_C2, FT_LEFT1, FT_RIGHT0);
-          _tile_dpbf16ps(FT_C3, FT_LEFT1, FT_RIGHT1);
-        }
+        if (j > 0) multiply(j - kUnitPair, pairs[(j / kUnitPair + 1) % 2]);
       }
+      multiply(count - kUnitPair, pairs[(count / kUnitPair + 1) % 2]);
       _tile_stored(FT_C0, results[0], 4 * kTile);
       _tile_stored(FT_C1, results[1], 4 * kTile);
       _tile_stored(FT_C2, results[2], 4 * kTile);
