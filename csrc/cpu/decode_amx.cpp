@@ -91,47 +91,27 @@ void pack_queries_amx(const uint32_t* rows, int64_t count, int64_t depth, uint32
 
 void multiply_keys_amx(const uint32_t* queries, int64_t rows, int64_t dim, const bf16* const* keys,
                        int64_t count, bf16* copied, float* products, int64_t ld) {
-  const int64_t groups = (count + kTile - 1) / kTile, size = unit_keys(dim) / 4;
-  const auto tiles = [&](int64_t g) {
-    return KeyTiles(keys + (g < groups ? g * kTile : 0), dim, copied + g * size);
-  };
-  const KeyTiles k0 = tiles(0), k1 = tiles(1), k2 = tiles(2), k3 = tiles(3);
-  alignas(64) float results[4][kTile][kTile];
-  for (int64_t r = 0; r < rows; r += kTile) {
-    asm volatile("" : : : "memory");  // tile loads do not say that they read memory
-    _tile_zero(FT_C0);
-    _tile_zero(FT_C1);
-    _tile_zero(FT_C2);
-    _tile_zero(FT_C3);
-    for (int64_t d = 0; d < dim; d += 2 * kTile, queries += kTile * kTile) {
-      _tile_loadd(FT_RIGHT0, queries, 4 * kTile);
-      _tile_loadd(FT_LEFT0, k0.data + d, k0.stride);
-      _tile_dpbf16ps(FT_C0, FT_LEFT0, FT_RIGHT0);
-      if (groups > 1) {
-        _tile_loadd(FT_LEFT1, k1.data + d, k1.stride);
-        _tile_dpbf16ps(FT_C1, FT_LEFT1, FT_RIGHT0);
+  alignas(64) float results[kTile][kTile];
+  const int64_t depth = in_whole(dim, kUnitPair);
+  for (int64_t j = 0; j < count; j += kTile) {
+    const KeyTiles left(keys + j, dim, copied);
+    const uint32_t* right = queries;
+    for (int64_t r = 0; r < rows; r += kTile) {
+      asm volatile("" : : : "memory");  // tile loads do not say that they read memory
+      _tile_zero(FT_C0);
+      for (int64_t d = 0; d < depth; d += kUnitPair, right += kTile * kTile) {
+        _tile_loadd(FT_LEFT0, left.data + d, left.stride);
+        _tile_loadd(FT_RIGHT0, right, 4 * kTile);
+        _tile_dpbf16ps(FT_C0, FT_LEFT0, FT_RIGHT0);
       }
-      if (groups > 2) {
-        _tile_loadd(FT_LEFT0, k2.data + d, k2.stride);
-        _tile_dpbf16ps(FT_C2, FT_LEFT0, FT_RIGHT0);
-      }
-      if (groups > 3) {
-        _tile_loadd(FT_LEFT1, k3.data + d, k3.stride);
-        _tile_dpbf16ps(FT_C3, FT_LEFT1, FT_RIGHT0);
-      }
-    }
-    _tile_stored(FT_C0, results[0], 4 * kTile);
-    _tile_stored(FT_C1, results[1], 4 * kTile);
-    _tile_stored(FT_C2, results[2], 4 * kTile);
-    _tile_stored(FT_C3, results[3], 4 * kTile);
-    asm volatile("" : : : "memory");
-    for (int64_t g = 0; g < groups; ++g) {
+      _tile_stored(FT_C0, results, 4 * kTile);
+      asm volatile("" : : : "memory");
       UVec block[kTile];
 #pragma GCC unroll 16
-      for (int i = 0; i < kTile; ++i) block[i] = load_bits<UVec>(results[g][i]);
+      for (int i = 0; i < kTile; ++i) block[i] = load_bits<UVec>(results[i]);
       transpose(block);
       for (int64_t i = 0; i < std::min<int64_t>(kTile, rows - r); ++i) {
-        store_bits(products + (r + i) * ld + g * kTile, block[i]);
+        store_bits(products + (r + i) * ld + j, block[i]);
       }
     }
   }
@@ -139,25 +119,32 @@ void multiply_keys_amx(const uint32_t* queries, int64_t rows, int64_t dim, const
 
 void weigh_values_amx(const uint32_t* probabilities, int64_t p_ld, int64_t rows, int64_t count,
                       const bf16* const* values, int64_t dim, float* out, int64_t out_ld) {
-  alignas(64) uint32_t pairs[2][2][kTile][kTile];
+  alignas(64) uint32_t pairs[2][4][kTile][kTile];
   alignas(64) float results[4][kTile][kTile];
-  for (int64_t r = 0; r < rows; r += 2 * kTile) {
-    const bool two = rows - r > kTile;
+  for (int64_t r = 0; r < rows; r += kTile) {
     const uint32_t* p = probabilities + r * p_ld;
-    // keys [j, j + kUnitPair), whose values are in `of_keys`
-    const auto multiply = [&](int64_t j, const uint32_t (&of_keys)[2][kTile][kTile]) {
-      _tile_loadd(FT_RIGHT0, of_keys[0], 4 * kTile);
-      _tile_loadd(FT_RIGHT1, of_keys[1], 4 * kTile);
-      _tile_loadd(FT_LEFT0, p + j / 2, 4 * p_ld);
-      _tile_dpbf16ps(FT_C0, FT_LEFT0, FT_RIGHT0);
-      _tile_dpbf16ps(FT_C1, FT_LEFT0, FT_RIGHT1);
-      if (two) {
-        _tile_loadd(FT_LEFT1, p + kTile * p_ld + j / 2, 4 * p_ld);
-        _tile_dpbf16ps(FT_C2, FT_LEFT1, FT_RIGHT0);
-        _tile_dpbf16ps(FT_C3, FT_LEFT1, FT_RIGHT1);
-      }
-    };
-    for (int64_t col = 0; col < dim; col += kUnitPair) {
+    for (int64_t col = 0; col < dim; col += 2 * kUnitPair) {
+      const bool two = dim - col > kUnitPair;  // blocks of columns
+      const auto multiply = [&](int64_t j, const uint32_t (&of_keys)[4][kTile][kTile]) {
+        _tile_loadd(FT_LEFT0, p + j / 2, 4 * p_ld);
+        _tile_loadd(FT_RIGHT0, of_keys[0], 4 * kTile);
+        _tile_loadd(FT_RIGHT1, of_keys[1], 4 * kTile);
+        _tile_dpbf16ps(FT_C0, FT_LEFT0, FT_RIGHT0);
+        _tile_dpbf16ps(FT_C1, FT_LEFT0, FT_RIGHT1);
+        if (two) {
+          _tile_loadd(FT_RIGHT0, of_keys[2], 4 * kTile);
+          _tile_loadd(FT_RIGHT1, of_keys[3], 4 * kTile);
+          _tile_dpbf16ps(FT_C2, FT_LEFT0, FT_RIGHT0);
+          _tile_dpbf16ps(FT_C3, FT_LEFT0, FT_RIGHT1);
+        }
+      };
+      const auto interleave = [&](const bf16* const* keys, int64_t c, uint32_t* low,
+                                  uint32_t* high) __attribute__((always_inline)) {
+        const UVec a = load_row_lanes<BFloat16Dot>(keys[0] + c, dim - c);
+        const UVec b = load_row_lanes<BFloat16Dot>(keys[1] + c, dim - c);
+        store_bits(low, interleave_low(a, b));
+        store_bits(high, interleave_high(a, b));
+      };
       _tile_zero(FT_C0);
       _tile_zero(FT_C1);
       _tile_zero(FT_C2);
@@ -167,10 +154,8 @@ void weigh_values_amx(const uint32_t* probabilities, int64_t p_ld, int64_t rows,
         auto& to = pairs[j / kUnitPair % 2];
 #pragma GCC unroll 4
         for (int i = 0; i < kTile; ++i) {
-          const UVec a = load_row_lanes<BFloat16Dot>(values[j + 2 * i] + col, dim - col);
-          const UVec b = load_row_lanes<BFloat16Dot>(values[j + 2 * i + 1] + col, dim - col);
-          store_bits(to[0][i], interleave_low(a, b));
-          store_bits(to[1][i], interleave_high(a, b));
+          interleave(values + j + 2 * i, col, to[0][i], to[1][i]);
+          if (two) interleave(values + j + 2 * i, col + kUnitPair, to[2][i], to[3][i]);
         }
         asm volatile("" : : : "memory");  // tile loads do not say that they read memory
         if (j > 0) multiply(j - kUnitPair, pairs[(j / kUnitPair + 1) % 2]);
@@ -181,12 +166,14 @@ void weigh_values_amx(const uint32_t* probabilities, int64_t p_ld, int64_t rows,
       _tile_stored(FT_C2, results[2], 4 * kTile);
       _tile_stored(FT_C3, results[3], 4 * kTile);
       asm volatile("" : : : "memory");
-      for (int64_t i = 0; i < std::min<int64_t>(2 * kTile, rows - r); ++i) {
-        Vec low = load(results[i / kTile * 2][i % kTile]);
-        Vec high = load(results[i / kTile * 2 + 1][i % kTile]);
-        put_in_order(low, high);
-        store(out + (r + i) * out_ld + col, low);
-        store(out + (r + i) * out_ld + col + kTile, high);
+      for (int64_t i = 0; i < std::min<int64_t>(kTile, rows - r); ++i) {
+        for (int64_t block = 0; block < (two ? 2 : 1); ++block) {
+          Vec low = load(results[2 * block][i]), high = load(results[2 * block + 1][i]);
+          put_in_order(low, high);
+          float* to = out + (r + i) * out_ld + col + block * kUnitPair;
+          store(to, low);
+          store(to + kTile, high);
+        }
       }
     }
   }
