@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <cstdlib>
 #include <type_traits>
 #include <utility>
 
@@ -145,6 +144,7 @@ class Worker {
         depth_(lanes<D>(p.head_dim)),
         padded_dim_(padded(p.value_dim)),
         scattered_(p.key_cache.stride[2] != p.head_dim),
+        in_unit_(D::kInMatrixUnit && rows_ >= kUnitFewest),
         scores_(p),
         power_(scores_.factor()),
         scratch_(ScratchSize::of([&](auto& size) { take_all(size); })) {
@@ -229,7 +229,7 @@ class Worker {
 
   // Fetches rows [begin, end) of the keys and, after the last of them, of the values.
   void fetch_ahead(int64_t begin, int64_t end, int64_t count) const {
-    static const int fm = getenv("FTM") ? atoi(getenv("FTM")) : 0; if (fm==0 ? !scattered_ : fm==1) return;
+    if (!scattered_) return;
     for (int64_t i = begin; i < std::min(end, count); ++i) fetch(keys_[i], p_.head_dim);
     for (int64_t i = std::max(begin, count); i < std::min(end, 2 * count); ++i) {
       fetch(values_[i - count], p_.value_dim);
@@ -238,15 +238,13 @@ class Worker {
 
   // products_[r][j] = query row r · key j
   void multiply(int64_t count) {
-    if constexpr (D::kInMatrixUnit) {
-      pack_queries_amx(queries_, rows_, depth_, unit_queries_);
-      for (int64_t j = 0; j < count; j += kUnitKeys) {
-        fetch_ahead(j + kAhead, j + kAhead + kUnitKeys, count);
-        multiply_keys_amx(unit_queries_, rows_, p_.head_dim, keys_ + j,
-                          std::min(kUnitKeys, count - j), unit_keys_, products_ + j, kRowLength);
+    if constexpr (D::kInMatrixUnit)
+      if (in_unit_) {
+        pack_queries_amx(queries_, rows_, depth_, unit_queries_);
+        multiply_keys_amx(unit_queries_, rows_, p_.head_dim, keys_, count, unit_keys_, products_,
+                          kRowLength);
+        return;
       }
-      return;
-    }
     for (int64_t j = 0; j < count; j += kWidth) {
       fetch_ahead(j + kAhead, j + kAhead + kWidth, count);
       for_row_blocks(rows_, [&]<int kRows>(std::integral_constant<int, kRows>, int64_t r) {
@@ -285,12 +283,12 @@ class Worker {
   }
 
   void weigh(int64_t count, float* sums) {
-    if constexpr (D::kInMatrixUnit) {
-      fetch_ahead(count + kAhead, 2 * count, count);
-      weigh_values_amx(probabilities_, kLanes, rows_, round_up(count, 2 * kWidth), values_,
-                       p_.value_dim, sums, padded_dim_);
-      return;
-    }
+    if constexpr (D::kInMatrixUnit)
+      if (in_unit_) {
+        weigh_values_amx(probabilities_, kLanes, rows_, round_up(count, 2 * kWidth), values_,
+                         p_.value_dim, sums, padded_dim_);
+        return;
+      }
     const Lane* p = kInPlace ? reinterpret_cast<const Lane*>(products_) : probabilities_;
     for (int64_t j = 0; j < count; j += kChunk) {
       fetch_ahead(count + j + kAhead, count + j + kAhead + kChunk, count);
@@ -307,7 +305,7 @@ class Worker {
   const Splits& splits_;
   const Parts& parts_;
   const int64_t group_, rows_, depth_, padded_dim_;
-  const bool scattered_;
+  const bool scattered_, in_unit_;
   const Scores scores_;
   const Power<D::kPerLane == 2 ? 3 : 6> power_;
   Scratch scratch_;
@@ -316,7 +314,7 @@ class Worker {
   SoftmaxState* states_;
   const T **keys_, **values_;
   T* no_row_;
-  const DecodeUnit unit_{D::kInMatrixUnit};
+  const DecodeUnit unit_{in_unit_};
   Lane* unit_queries_ = nullptr;
   T* unit_keys_ = nullptr;
 };

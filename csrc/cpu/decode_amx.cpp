@@ -27,32 +27,6 @@ static_assert(kTile == kWidth && kUnitPair == 2 * kTile && kUnitKeys == 4 * kTil
 #define FT_RIGHT0 6
 #define FT_RIGHT1 7
 
-// 16 keys as left operands: where they lie if they are one stride apart and of whole tiles, else
-// copied, with zeros behind their ends.
-struct KeyTiles {
-  const bf16* data;
-  int64_t stride;  // bytes
-
-  KeyTiles(const bf16* const* keys, int64_t dim, bf16* buffer) {
-    stride = reinterpret_cast<const char*>(keys[1]) - reinterpret_cast<const char*>(keys[0]);
-    data = keys[0];
-    bool as_they_lie = dim % (2 * kTile) == 0;
-    for (int i = 0; i < kTile; ++i) {
-      as_they_lie &= reinterpret_cast<const char*>(keys[i]) ==
-                     reinterpret_cast<const char*>(keys[0]) + i * stride;
-    }
-    if (as_they_lie) return;
-    const int64_t padded = in_whole(dim, kUnitPair);
-    for (int i = 0; i < kTile; ++i) {
-      for (int64_t d = 0; d < dim; d += 2 * kTile) {
-        store_bits(buffer + i * padded + d, load_row_lanes<BFloat16Dot>(keys[i] + d, dim - d));
-      }
-    }
-    data = buffer;
-    stride = padded * static_cast<int64_t>(sizeof(bf16));
-  }
-};
-
 }  // namespace
 
 DecodeUnit::DecodeUnit(bool wanted) : held_(wanted) {
@@ -90,17 +64,25 @@ void pack_queries_amx(const uint32_t* rows, int64_t count, int64_t depth, uint32
 }
 
 void multiply_keys_amx(const uint32_t* queries, int64_t rows, int64_t dim, const bf16* const* keys,
-                       int64_t count, bf16* copied, float* products, int64_t ld) {
+                       int64_t count, bf16* copies, float* products, int64_t ld) {
   alignas(64) float results[kTile][kTile];
-  const int64_t depth = in_whole(dim, kUnitPair);
-  for (int64_t j = 0; j < count; j += kTile) {
-    const KeyTiles left(keys + j, dim, copied);
+  const int64_t padded = in_whole(dim, kUnitPair), size = kTile * padded;
+  const auto copy = [&](int64_t j) {
+    bf16* to = copies + j / kTile % 2 * size;
+    for (int i = 0; i < kTile; ++i, to += padded) {
+      for (int64_t d = 0; d < dim; d += kUnitPair) {
+        store_bits(to + d, load_row_lanes<BFloat16Dot>(keys[j + i] + d, dim - d));
+      }
+    }
+    asm volatile("" : : : "memory");  // tile loads do not say that they read memory
+  };
+  const auto multiply = [&](int64_t j) {
+    const bf16* left = copies + j / kTile % 2 * size;
     const uint32_t* right = queries;
     for (int64_t r = 0; r < rows; r += kTile) {
-      asm volatile("" : : : "memory");  // tile loads do not say that they read memory
       _tile_zero(FT_C0);
-      for (int64_t d = 0; d < depth; d += kUnitPair, right += kTile * kTile) {
-        _tile_loadd(FT_LEFT0, left.data + d, left.stride);
+      for (int64_t d = 0; d < padded; d += kUnitPair, right += kTile * kTile) {
+        _tile_loadd(FT_LEFT0, left + d, padded * sizeof(bf16));
         _tile_loadd(FT_RIGHT0, right, 4 * kTile);
         _tile_dpbf16ps(FT_C0, FT_LEFT0, FT_RIGHT0);
       }
@@ -114,7 +96,13 @@ void multiply_keys_amx(const uint32_t* queries, int64_t rows, int64_t dim, const
         store_bits(products + (r + i) * ld + j, block[i]);
       }
     }
+  };
+  int64_t j = 0;
+  for (; j < count; j += kTile) {
+    copy(j);
+    if (j > 0) multiply(j - kTile);
   }
+  multiply(j - kTile);
 }
 
 void weigh_values_amx(const uint32_t* probabilities, int64_t p_ld, int64_t rows, int64_t count,

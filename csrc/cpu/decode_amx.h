@@ -21,6 +21,9 @@ class DecodeUnit {
 #endif
 };
 
+// Rows of queries from which on the unit is worth its detour through L1 (measured on Sapphire
+// Rapids): alone or in twos, rows wait for memory in either case, and plain loads wait less.
+inline constexpr int64_t kUnitFewest = 3;
 inline constexpr int64_t kUnitRows = 16;  // rows of a tile register, and lanes in each
 inline constexpr int64_t kUnitKeys = 64;  // that are multiplied at a time
 inline constexpr int64_t kUnitPair =
