@@ -238,13 +238,14 @@ class Worker {
 
   // products_[r][j] = query row r · key j
   void multiply(int64_t count) {
-    if constexpr (D::kInMatrixUnit)
-      if (in_unit_) {
+    if (in_unit_) {
+      if constexpr (D::kInMatrixUnit) {
         pack_queries_amx(queries_, rows_, depth_, unit_queries_);
         multiply_keys_amx(unit_queries_, rows_, p_.head_dim, keys_, count, unit_keys_, products_,
                           kRowLength);
-        return;
       }
+      return;
+    }
     for (int64_t j = 0; j < count; j += kWidth) {
       fetch_ahead(j + kAhead, j + kAhead + kWidth, count);
       for_row_blocks(rows_, [&]<int kRows>(std::integral_constant<int, kRows>, int64_t r) {
@@ -283,12 +284,13 @@ class Worker {
   }
 
   void weigh(int64_t count, float* sums) {
-    if constexpr (D::kInMatrixUnit)
-      if (in_unit_) {
-        weigh_values_amx(probabilities_, kLanes, rows_, round_up(count, 2 * kWidth), values_,
+    if (in_unit_) {
+      if constexpr (D::kInMatrixUnit) {
+        weigh_values_amx(probabilities_, kLanes, rows_, round_up(count, kUnitPair), values_,
                          p_.value_dim, sums, padded_dim_);
-        return;
       }
+      return;
+    }
     const Lane* p = kInPlace ? reinterpret_cast<const Lane*>(products_) : probabilities_;
     for (int64_t j = 0; j < count; j += kChunk) {
       fetch_ahead(count + j + kAhead, count + j + kAhead + kChunk, count);

@@ -1,9 +1,11 @@
 // The two products of decode in AMX's matrix unit, on rows of a cache that are read in place.
 //
 // One tile of 16 x 16 results serves up to 16 query rows at the cost of one, so what is left to pay
-// is the reading. Keys are loaded as the left operand, as they lie: a tile of products is the
-// transpose of what is wanted, and is turned in registers. Values must come in pairs of keys: two
-// rows at a time are interleaved on their way to a tile's worth of memory in L1.
+// is the reading. Both operands from the cache take a detour through L1, by plain loads in the
+// order of memory: tiles that were loaded from where they lie waited for one row after another.
+// Keys are the left operand, so a tile of products is the transpose of what is wanted, and is
+// turned in registers. Values must come in pairs of keys: two rows at a time are interleaved on the
+// way.
 #include "decode_amx.h"
 
 #if defined(__AMX_BF16__)
@@ -14,18 +16,17 @@
 namespace ft::FT_ISA {
 namespace {
 
-constexpr int kTile = kUnitRows;
-static_assert(kTile == kWidth && kUnitPair == 2 * kTile && kUnitKeys == 4 * kTile);
+constexpr int64_t kTile = kUnitRows;
+static_assert(kTile == kWidth && kUnitPair == 2 * kTile);
 
 // Four tiles of results, and the operands. The intrinsics want literal numbers.
 #define FT_C0 0
 #define FT_C1 1
 #define FT_C2 2
 #define FT_C3 3
-#define FT_LEFT0 4
-#define FT_LEFT1 5
-#define FT_RIGHT0 6
-#define FT_RIGHT1 7
+#define FT_LEFT 4
+#define FT_RIGHT0 5
+#define FT_RIGHT1 6
 
 }  // namespace
 
@@ -36,7 +37,7 @@ DecodeUnit::DecodeUnit(bool wanted) : held_(wanted) {
     uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
   } configuration;
-  for (int tile = 0; tile < 8; ++tile) {
+  for (int tile = FT_C0; tile <= FT_RIGHT1; ++tile) {
     configuration.bytes[tile] = 4 * kTile;
     configuration.rows[tile] = kTile;
   }
@@ -82,9 +83,9 @@ void multiply_keys_amx(const uint32_t* queries, int64_t rows, int64_t dim, const
     for (int64_t r = 0; r < rows; r += kTile) {
       _tile_zero(FT_C0);
       for (int64_t d = 0; d < padded; d += kUnitPair, right += kTile * kTile) {
-        _tile_loadd(FT_LEFT0, left + d, padded * sizeof(bf16));
+        _tile_loadd(FT_LEFT, left + d, padded * sizeof(bf16));
         _tile_loadd(FT_RIGHT0, right, 4 * kTile);
-        _tile_dpbf16ps(FT_C0, FT_LEFT0, FT_RIGHT0);
+        _tile_dpbf16ps(FT_C0, FT_LEFT, FT_RIGHT0);
       }
       _tile_stored(FT_C0, results, 4 * kTile);
       asm volatile("" : : : "memory");
@@ -114,16 +115,16 @@ void weigh_values_amx(const uint32_t* probabilities, int64_t p_ld, int64_t rows,
     for (int64_t col = 0; col < dim; col += 2 * kUnitPair) {
       const bool two = dim - col > kUnitPair;  // blocks of columns
       const auto multiply = [&](int64_t j, const uint32_t (&of_keys)[4][kTile][kTile]) {
-        _tile_loadd(FT_LEFT0, p + j / 2, 4 * p_ld);
+        _tile_loadd(FT_LEFT, p + j / 2, 4 * p_ld);
         _tile_loadd(FT_RIGHT0, of_keys[0], 4 * kTile);
         _tile_loadd(FT_RIGHT1, of_keys[1], 4 * kTile);
-        _tile_dpbf16ps(FT_C0, FT_LEFT0, FT_RIGHT0);
-        _tile_dpbf16ps(FT_C1, FT_LEFT0, FT_RIGHT1);
+        _tile_dpbf16ps(FT_C0, FT_LEFT, FT_RIGHT0);
+        _tile_dpbf16ps(FT_C1, FT_LEFT, FT_RIGHT1);
         if (two) {
           _tile_loadd(FT_RIGHT0, of_keys[2], 4 * kTile);
           _tile_loadd(FT_RIGHT1, of_keys[3], 4 * kTile);
-          _tile_dpbf16ps(FT_C2, FT_LEFT0, FT_RIGHT0);
-          _tile_dpbf16ps(FT_C3, FT_LEFT0, FT_RIGHT1);
+          _tile_dpbf16ps(FT_C2, FT_LEFT, FT_RIGHT0);
+          _tile_dpbf16ps(FT_C3, FT_LEFT, FT_RIGHT1);
         }
       };
       const auto interleave = [&](const bf16* const* keys, int64_t c, uint32_t* low,

@@ -25,24 +25,22 @@ class DecodeUnit {
 // Rapids): alone or in twos, rows wait for memory in either case, and plain loads wait less.
 inline constexpr int64_t kUnitFewest = 3;
 inline constexpr int64_t kUnitRows = 16;  // rows of a tile register, and lanes in each
-inline constexpr int64_t kUnitKeys = 64;  // that are multiplied at a time
-inline constexpr int64_t kUnitPair =
-    32;  // bf16 in a row of a tile, and keys to be weighed at a time
+inline constexpr int64_t kUnitPair = 32;  // bf16 in each, and keys that are weighed at a time
 
 constexpr int64_t in_whole(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
-// Lanes of the queries as operands, and bf16 of the keys that have to be copied.
+// Lanes of the queries as operands, and bf16 of the keys on their way there.
 constexpr int64_t unit_queries(int64_t rows, int64_t dim) {
   return in_whole(rows, kUnitRows) * in_whole(dim, kUnitPair) / 2;
 }
-constexpr int64_t unit_keys(int64_t dim) { return kUnitKeys * in_whole(dim, kUnitPair); }
+constexpr int64_t unit_keys(int64_t dim) { return 2 * kUnitRows * in_whole(dim, kUnitPair); }
 
 // Rows of lanes, `depth` in each, as operands.
 void pack_queries_amx(const uint32_t* rows, int64_t count, int64_t depth, uint32_t* queries);
 
-// products[r * ld + j] = query row r · key j, for `count` <= kUnitKeys keys; what is read and
-// written is a multiple of 16 of them.
+// products[r * ld + j] = query row r · key j, for `count` keys and those that make it a multiple of
+// kUnitRows.
 void multiply_keys_amx(const uint32_t* queries, int64_t rows, int64_t dim, const bf16* const* keys,
-                       int64_t count, bf16* copied, float* products, int64_t ld);
+                       int64_t count, bf16* copies, float* products, int64_t ld);
 
 // out[r][d] = sum over `count` keys, a multiple of kUnitPair, of probability (r, key) times
 // values[key][d]. Probabilities are read, and may be anything, up to a multiple of kUnitRows rows;

@@ -24,7 +24,8 @@ FT_INLINE void for_row_blocks(int64_t count, const F& f) {
   if (r < count) f(std::integral_constant<int, 1>(), r);
 }
 
-// What the halves of two interleaved vectors of pairs hold, and their columns put in order again.
+// The halves of two vectors of bf16, interleaved in groups of four columns; and the sums of both,
+// put in the order of their columns again.
 #if defined(__AVX512BF16__)
 FT_INLINE UVec interleave_low(UVec a, UVec b) {
   return (UVec)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b);
@@ -54,6 +55,7 @@ FT_INLINE void load_keys(const T* const* rows, int64_t col, int64_t left, UVec (
   } else if constexpr (kVecs == 1) {  // a bf16 is the upper half of its float
     to[0] = as<UVec>(load(rows[0] + col, left)) >> 16 | as<UVec>(load(rows[1] + col, left));
   } else {
+#if defined(__AVX512BF16__)
 #pragma GCC unroll 2
     for (int k = 0; k < kVecs; k += 2) {
       const UVec a = load_bits<UVec>(rows[0] + col + k * kWidth);
@@ -61,6 +63,7 @@ FT_INLINE void load_keys(const T* const* rows, int64_t col, int64_t left, UVec (
       to[k] = interleave_low(a, b);
       to[k + 1] = interleave_high(a, b);
     }
+#endif
   }
 }
 
