@@ -114,29 +114,27 @@ def _check_inputs(query, key_cache, value_cache):
     arguments.floating(OP, "query", query)
     arguments.like(OP, "key_cache", key_cache, "query", query)
     arguments.like(OP, "value_cache", value_cache, "query", query)
-    for name, x in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache)):
-        if x.dim() != 4:
+    q, k, v = query.shape, key_cache.shape, value_cache.shape
+    for name, shape in (("query", q), ("key_cache", k), ("value_cache", v)):
+        if len(shape) != 4:
             raise ValueError(
-                f"{OP}: {name} has shape {tuple(x.shape)}; it must be "
+                f"{OP}: {name} has shape {tuple(shape)}; it must be "
                 f"(batch, heads, length, head_dim){'' if name == 'query' else ', or in blocks'}."
             )
-    heads, kv_heads, head_dim = query.shape[1], key_cache.shape[1], query.shape[3]
-    if head_dim == 0:
+    if q[3] == 0:
         raise ValueError(f"{OP}: query has head_dim 0; it must be at least 1.")
-    if key_cache.shape[3] != head_dim:
+    if k[3] != q[3]:
         raise ValueError(
-            f"{OP}: key_cache has head_dim {key_cache.shape[3]} but query has {head_dim}; "
-            "they must match."
+            f"{OP}: key_cache has head_dim {k[3]} but query has {q[3]}; they must match."
         )
-    if value_cache.shape[:3] != key_cache.shape[:3]:
+    if v[0] != k[0] or v[1] != k[1] or v[2] != k[2]:
         raise ValueError(
-            f"{OP}: value_cache has shape {tuple(value_cache.shape)} but key_cache has "
-            f"{tuple(key_cache.shape)}; they must match in all but head_dim."
+            f"{OP}: value_cache has shape {tuple(v)} but key_cache has {tuple(k)}; they must match "
+            "in all but head_dim."
         )
-    if kv_heads == 0 or heads % kv_heads != 0:
+    if k[1] == 0 or q[1] % k[1] != 0:
         raise ValueError(
-            f"{OP}: key_cache has {kv_heads} heads but query has {heads}; "
-            "kv_heads must divide heads."
+            f"{OP}: key_cache has {k[1]} heads but query has {q[1]}; kv_heads must divide heads."
         )
 
 
