@@ -6,7 +6,7 @@ VENV   ?= .venv
 # What pip installs as torch. PyPI's Linux builds bring gigabytes of CUDA along; for a CPU build:
 #   make test TORCH='torch==2.13.0 --index-url <the CPU index of pytorch.org>'
 TORCH  ?= torch==2.13.0
-# What make bench times: roofline, attention, relative, norm, mlp, calls, models or all of them.
+# What make bench times: roofline, attention, relative, decode, norm, mlp, calls, models or all of them.
 SUITE  ?= all
 # Which of its files make readme-bench takes: the newest run of the attention suite.
 RUN    ?= $(lastword $(sort $(wildcard fast-transformer-bench/attention-*.json)))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fast_transformer import backends, testing
 from fast_transformer.benchmarks.memory import peak_memory
-from fast_transformer.timing import Timing, copy_rate, interleaved, peak_flops
+from fast_transformer.timing import Timing, copy_rate, interleaved, peak_flops, read_rate
 
 Function = Callable[..., Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,6 +55,7 @@ class Contest:
 
     peers: an entry, or why there is none. plain: the peer that torch.compile compiles too.
     flops, bytes: of the forward and of the backward pass; whichever the op is bound by is given.
+    reads_alone: the bytes are read, and next to nothing is written.
     judged: the case that is held against float64, where that of this one would take too long.
     only_compiled: makes the peers that torch.compile has to compile.
     """
@@ -66,6 +67,7 @@ class Contest:
     plain: str = "pytorch"
     flops: tuple[float, float] | None = None
     bytes: tuple[float, float] | None = None
+    reads_alone: bool = False
     judged: testing.Case | None = None
     only_compiled: Callable[[], Mapping[str, Entry | str]] = dict
 
@@ -178,7 +180,7 @@ def compete(suite: str, contest: Contest, rounds: int, steps: Iterable[str]) -> 
     except AssertionError as error:
         yield Result(**common, step="both", wrong=str(error))
         return
-    for step in steps:
+    for step in steps if case.wrt else STEPS[:1]:
         calls, memory, unavailable = prepare({"ours": contest.ours, **contest.peers}, step)
         of_step = [errors[n] for n in errors if n.startswith("d") == (step == "backward")]
         error, plain_error = map(max, zip(*of_step, strict=True))
@@ -188,7 +190,7 @@ def compete(suite: str, contest: Contest, rounds: int, steps: Iterable[str]) -> 
         yield Result(
             **common, step=step, timings=interleaved(calls, rounds, seconds=0.003),
             unavailable=unavailable, flops=flops, bytes=moved,
-            limit=physical_limit(flops, moved, dtype), memory=memory,
+            limit=physical_limit(flops, moved, dtype, contest.reads_alone), memory=memory,
             error=error, plain_error=plain_error, backend=backend,
         )  # fmt: skip
 
@@ -216,14 +218,17 @@ def prepare(
     return calls, memory, unavailable
 
 
-def physical_limit(flops: float | None, moved: float | None, dtype: str) -> float | None:
+def physical_limit(
+    flops: float | None, moved: float | None, dtype: str, reads_alone: bool = False
+) -> float | None:
     """FLOP/s or bytes a second that all threads together can do of this work at best."""
     threads = torch.get_num_threads()
     if flops is not None:
         peak = peak_flops(DTYPES[dtype])
     elif moved is not None:
         # powers of two, so that shapes of about one size share a measurement
-        peak = copy_rate(1 << max(12, round(moved / threads).bit_length()))
+        rate = read_rate if reads_alone else copy_rate
+        peak = rate(1 << max(12, round(moved / threads).bit_length()))
     else:
         return None
     return peak and peak * threads

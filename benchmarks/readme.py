@@ -23,6 +23,10 @@ ATTENTION_ROWS = {  # (kind, step) -> what a reader calls it
     ("gqa", "forward"): "heads that share keys and values",
     ("value-dim", "forward"): "values wider than keys",
     ("dropout", "forward"): "dropout",
+    ("decode", "forward"): "decoding",
+    ("decode-gqa", "forward"): "decoding, heads that share keys and values",
+    ("decode-tokens", "forward"): "decoding, several tokens at once",
+    ("decode-paged", "forward"): "decoding, paged cache",
     ("full", "backward"): "full, backward",
     ("causal", "backward"): "causal, backward",
     ("bias-gradient", "backward"): "mask with a gradient, backward",
@@ -67,7 +71,7 @@ def attention(run: dict) -> str:
     found = means(results)
     dtypes = list(dict.fromkeys(r["dtype"] for r in results))
     lines = [
-        f"| `ft.attention`, times faster | {' | '.join(dtypes)} |",
+        f"| attention, times faster | {' | '.join(dtypes)} |",
         f"|---|{'---:|' * len(dtypes)}",
     ]
     for key, name in ATTENTION_ROWS.items():
@@ -92,7 +96,8 @@ def mean(found: Mean | None) -> str:
 
 def peers(results: list[dict]) -> str:
     """Whom ours was measured against, in words."""
-    words = {"sdpa": "SDPA", "formula": "the plain formula", "compiled": "the formula compiled",
+    words = {"sdpa": "SDPA", "repeated": "SDPA on repeated heads", "formula": "the plain formula",
+             "compiled": "the formula compiled",
              "flex": "flex_attention"}  # fmt: skip
     met = {name for r in results for name in r["timings"]}
     *first, last = [word for name, word in words.items() if name in met]

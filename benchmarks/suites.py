@@ -7,6 +7,7 @@ from fast_transformer import testing
 from fast_transformer.benchmarks import (
     bench_attention,
     bench_calls,
+    bench_decode,
     bench_mlp,
     bench_models,
     bench_norm,
@@ -16,7 +17,10 @@ from fast_transformer.benchmarks import (
 from fast_transformer.benchmarks.contest import STEPS, Result, compete, with_compiled
 from fast_transformer.timing import interleaved
 
-OPS = {suite.SUITE: suite for suite in (bench_attention, bench_relative, bench_norm, bench_mlp)}
+OPS = {
+    suite.SUITE: suite
+    for suite in (bench_attention, bench_relative, bench_decode, bench_norm, bench_mlp)
+}
 SUITES = (roofline.SUITE, *OPS, bench_calls.SUITE, bench_models.SUITE)
 
 

@@ -21,7 +21,7 @@ def offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
-def _lengths(batch: int, longest: int, fill: float) -> list[int]:
+def spread_lengths(batch: int, longest: int, fill: float) -> list[int]:
     """Lengths spread evenly around fill · longest, the shortest about (2 · fill − 1) · longest."""
     low = 2 * fill - 1
     return [round(longest * (low + (1 - low) * (b + 0.5) / batch)) for b in range(batch)]
@@ -92,9 +92,9 @@ class _ScoresCase:
         elif self.bias == "padding":
             options["bias"] = torch.rand(B, 1, 1, S, generator=random) < 0.7
         if self.padding == "right":
-            options["key_lengths"] = torch.tensor(_lengths(B, S, self.fill))
+            options["key_lengths"] = torch.tensor(spread_lengths(B, S, self.fill))
         elif self.padding == "left":
-            options["key_starts"] = S - torch.tensor(_lengths(B, S, self.fill))
+            options["key_starts"] = S - torch.tensor(spread_lengths(B, S, self.fill))
         return options
 
     @property
@@ -131,7 +131,7 @@ class AttentionCase(_ScoresCase):
             (B, heads, size, dim) for size, (heads, dim) in zip(sizes, self.widths, strict=True)
         ]
         if self.padding == "varlen":
-            q, k = _lengths(B, T, self.fill), _lengths(B, S, self.fill)
+            q, k = spread_lengths(B, T, self.fill), spread_lengths(B, S, self.fill)
             options |= {"max_seqlen_q": T, "max_seqlen_k": S}
             options |= {"cu_seqlens_q": offsets(q), "cu_seqlens_k": offsets(k)}
             tokens = (sum(q), sum(k), sum(k))

@@ -4,7 +4,7 @@ A case says what is computed, not on what: `case.inputs(dtype)` makes fresh argu
 function `case.op`, the same at every call. Cases for "test" are small and odd, those for "bench"
 have the sizes that models use, those for "long" take minutes; all are fixed, so that no kernel is
 tuned to be measured. A case's `kind` is the class that it is summed up in. Those of attention are
-in attention_cases.py.
+in attention_cases.py and decode_cases.py.
 """
 
 from collections.abc import Iterable
@@ -21,11 +21,13 @@ from fast_transformer.attention_cases import (
     generator,
     offsets,
 )
+from fast_transformer.decode_cases import DECODE_CASES, DecodeCase
 
 __all__ = [
     "CASES",
     "DTYPES",
     "AttentionCase",
+    "DecodeCase",
     "MlpCase",
     "NormCase",
     "RelativeCase",
@@ -131,7 +133,7 @@ class MlpCase:
         return made
 
 
-Case = AttentionCase | RelativeCase | NormCase | MlpCase
+Case = AttentionCase | RelativeCase | DecodeCase | NormCase | MlpCase
 
 
 def _norm_tests() -> Iterable[NormCase]:
@@ -189,6 +191,7 @@ def _mlp_benches() -> Iterable[MlpCase]:
 
 CASES: tuple[Case, ...] = (
     *ATTENTION_CASES,
+    *DECODE_CASES,
     *_norm_tests(),
     *_norm_benches(),
     *_mlp_tests(),

@@ -151,6 +151,17 @@ def copy_rate(size: int) -> float | None:
     return _machine.copy_bandwidth(str(isa), size)
 
 
+@functools.cache
+def read_rate(size: int) -> float | None:
+    """Bytes a second that one core reads within `size` bytes; None without kernels."""
+    isa = env()["isa"]
+    if isa is None:
+        return None
+    from fast_transformer import _machine
+
+    return _machine.read_bandwidth(str(isa), size)
+
+
 def conditions() -> dict[str, Any]:
     """What a reader of a figure has to know: the processor, the versions, the time."""
     return {

@@ -14,6 +14,7 @@ from fast_transformer.benchmarks import attention_masks as masks
 from fast_transformer.benchmarks import (
     attention_peers,
     bench_attention,
+    bench_decode,
     bench_mlp,
     bench_norm,
     bench_relative,
@@ -28,7 +29,10 @@ for needed in ("typer", "rich"):
     pytest.importorskip(needed)
 
 PROGRAM = "import sys; from fast_transformer.cli import main; sys.argv[0] = 'fast-transformer'; "
-SUITES = {suite.SUITE: suite for suite in (bench_attention, bench_relative, bench_norm, bench_mlp)}
+SUITES = {
+    suite.SUITE: suite
+    for suite in (bench_attention, bench_relative, bench_decode, bench_norm, bench_mlp)
+}
 needs_kernels = pytest.mark.skipif(
     _library.status().reason is not None, reason=f"{_library.status().reason}"
 )
@@ -54,6 +58,7 @@ def figures(folder):
         ("relative", "xlnet-128x128"),
         ("norm", "add-dropout-1x768"),
         ("mlp", "mlp-1x384"),
+        ("decode", "decode-B1-H12-12-S128-D64"),
     ],
 )
 def test_a_suite_runs(suite, case, tmp_path):
@@ -62,7 +67,9 @@ def test_a_suite_runs(suite, case, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = figures(tmp_path)
     assert [(r["case"], r["dtype"], r["step"]) for r in found["results"]] == [
-        (case, dtype, step) for dtype in ("fp32", "bf16") for step in ("forward", "backward")
+        (case, dtype, step)
+        for dtype in ("fp32", "bf16")
+        for step in (("forward",) if suite == "decode" else ("forward", "backward"))
     ]
     for r in found["results"]:
         assert r["wrong"] is None and r["ratio"] > 0 and r["error"] > 0 and r["plain_error"] > 0
@@ -132,13 +139,16 @@ def small(case):
     if case.family == "relative":
         _, _, T, S, _ = case.shape
         return dataclasses.replace(case, shape=(2, 2, 33, 33 * S // T, 16))
+    if case.family == "decode":
+        B, H, KV, T, _, _ = case.shape
+        return dataclasses.replace(case, shape=(min(B, 2), H, KV, T, 33, 16))
     return dataclasses.replace(case, shape=tuple(5 + i for i in range(len(case.shape))))
 
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_peers_compute_the_same(suite):
     for case in map(small, SUITES[suite].CASES):
-        if case.dropout_p > 0:
+        if getattr(case, "dropout_p", 0) > 0:
             continue
         contest = SUITES[suite].contest(case, "fp32")
         ours = contest.ours.function(**contest.ours.inputs)
@@ -187,6 +197,9 @@ def test_every_kind_is_in_the_grid():
         "softcap", "gqa", "value-dim",
     }  # fmt: skip
     assert {case.kind for case in bench_relative.CASES} == {"xlnet", "transformer-xl", "distance"}
+    assert {case.kind for case in bench_decode.CASES} == {
+        "decode", "decode-gqa", "decode-tokens", "decode-paged",
+    }  # fmt: skip
     lengths = {case.shape[2] for case in bench_attention.CASES + bench_attention.LONG}
     assert lengths >= {1, 77, 4096, 8192, 16384}
     quick = suites.cases("attention", suites.Options(quick=True))

@@ -24,7 +24,7 @@ LAYERS = [
     {"nn"},
     {"optim"},
     {"testing"},
-    {"accuracy", "attention_cases", "timing"},
+    {"accuracy", "attention_cases", "decode_cases", "timing"},
     {"ops"},
     {"env"},
     {"reference", "kernels", "backends"},

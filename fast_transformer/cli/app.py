@@ -64,7 +64,9 @@ def measure(
     context: typer.Context,
     suite: Annotated[
         str,
-        typer.Option(help="roofline, attention, relative, norm, mlp, calls, models or all."),
+        typer.Option(
+            help="roofline, attention, relative, decode, norm, mlp, calls, models or all."
+        ),
     ] = "all",
     only: Annotated[str, typer.Option(help="Cases whose name contains this.")] = "",
     dtype: Annotated[
