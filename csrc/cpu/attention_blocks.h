@@ -19,12 +19,15 @@ struct ForwardBlocks {
   int64_t keys, queries = 192;
   template <typename D>
   static ForwardBlocks of(int64_t head_dim) {
-    return {D::kInMatrixUnit ? 256 : lanes<D>(head_dim) <= 128 ? 256 : 128};
+    return {D::kInMatrixUnit || lanes<D>(head_dim) <= 128 ? 256 : 128};
   }
 };
-// Backward holds five operands and two kQueries x kKeys tiles (P and dS) at a time.
+// Backward holds five operands and two kQueries x kKeys tiles (P and dS) at a time. The matrix unit
+// reads and writes a sum at every product, so its products want to be deep.
+template <typename D>
 struct BackwardBlocks {
-  static constexpr int64_t kKeys = 128, kQueries = 96;
+  static constexpr int64_t kKeys = D::kInMatrixUnit ? 256 : 128;
+  static constexpr int64_t kQueries = D::kInMatrixUnit ? 256 : 96;
 };
 
 // The longest effective sequence of the batch: what a worker's scratch must hold.

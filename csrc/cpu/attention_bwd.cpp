@@ -23,7 +23,10 @@ class Worker {
   using Lane = typename D::Lane;
   static constexpr bool kInPlace = D::kPerLane == 1;       // floats are lanes as they stand
   using Element = std::conditional_t<kInPlace, float, T>;  // of P and dS, as products read them
-  static constexpr int64_t kKeys = BackwardBlocks::kKeys, kQueries = BackwardBlocks::kQueries;
+  static constexpr int64_t kKeys = BackwardBlocks<D>::kKeys;
+  static constexpr int64_t kQueries = BackwardBlocks<D>::kQueries;
+  // floats of P and dS are kept where they are lanes; else those of one strip at a time
+  static constexpr int64_t kFloatRows = kInPlace ? kQueries : D::kTileRows;
   static constexpr int64_t kTileLd = kKeys + kWidth;
 
  public:
@@ -69,8 +72,8 @@ class Worker {
     key_natural_ = from.template take<Lane>(panels(dim_) * panel_size<D>(kKeys));
     dk_ = from.template take<float>(kKeys * padded_dim_);
     dv_ = from.template take<float>(kKeys * padded_value_dim_);
-    p_tile_ = from.template take<float>(kQueries * kTileLd);
-    ds_tile_ = from.template take<float>(kQueries * kTileLd);
+    p_tile_ = from.template take<float>(kFloatRows * kTileLd);
+    ds_tile_ = from.template take<float>(kFloatRows * kTileLd);
     p_rows_ = from.template take<T>(kInPlace ? 0 : kQueries * kTileLd);
     ds_rows_ = from.template take<T>(kInPlace ? 0 : kQueries * kTileLd);
     columns_ = from.template take<Lane>(
@@ -187,31 +190,48 @@ class Worker {
   void tile(const Tile& t) {
     positions_.pack_queries(p_, t.s, t.head, t.q, t.rows);
     const int64_t first = t.g * query_space_ + t.q;
+    int64_t begin = 0;  // strips before see none of the keys
     for (int64_t i = 0; i < t.rows; i += D::kTileRows) {
       const int64_t count = std::min<int64_t>(D::kTileRows, t.rows - i);
-      float *p = p_tile_ + i * kTileLd, *dp = ds_tile_ + i * kTileLd;
-      multiply_strip<D>(count, t.n, depth_, {query_rows_ + (first + i) * depth_, depth_, 1},
+      const int64_t n = seen_by_strip(t, i);
+      if (n == 0) {
+        begin = i + count;
+        continue;
+      }
+      float *p = floats(p_tile_, i), *dp = floats(ds_tile_, i);
+      multiply_strip<D>(count, n, depth_, {query_rows_ + (first + i) * depth_, depth_, 1},
                         key_panels_, panel_size<D>(dim_), p, kTileLd, false);
-      positions_.add(p_, t.s, t.q, i, count, t.key, t.n, p, kTileLd);
-      multiply_strip<D>(count, t.n, value_depth_,
+      positions_.add(p_, t.s, t.q, i, count, t.key, n, p, kTileLd);
+      multiply_strip<D>(count, n, value_depth_,
                         {grad_rows_ + (first + i) * value_depth_, value_depth_, 1}, value_panels_,
                         panel_size<D>(value_dim_), dp, kTileLd, false);
       for (int64_t r = i; r < i + count; ++r) probabilities(t, r);
     }
-    const int64_t query_lane = t.q / D::kPerLane * kTileCols;
-    add_transposed<T>(p_rows(0), kTileLd, t.rows, t.n, grad_panels_ + t.g * grad_room_ + query_lane,
-                      query_panel_, value_dim_, columns_, dv_, padded_value_dim_);
-    add_transposed<T>(ds_rows(0), kTileLd, t.rows, t.n,
+    const int64_t rows = t.rows - begin;
+    if (rows <= 0) return;
+    const int64_t query_lane = (t.q + begin) / D::kPerLane * kTileCols;
+    add_transposed<T>(p_rows(begin), kTileLd, rows, t.n,
+                      grad_panels_ + t.g * grad_room_ + query_lane, query_panel_, value_dim_,
+                      columns_, dv_, padded_value_dim_);
+    add_transposed<T>(ds_rows(begin), kTileLd, rows, t.n,
                       query_panels_ + t.g * query_room_ + query_lane, query_panel_, dim_, columns_,
                       dk_, padded_dim_);
-    const auto* a = reinterpret_cast<const Lane*>(ds_rows(0));
     constexpr int64_t kLd = kTileLd / D::kPerLane;
-    for (int64_t i = 0; i < t.rows; i += D::kTileRows) {
-      multiply_strip<D>(std::min<int64_t>(D::kTileRows, t.rows - i), dim_, lanes<D>(t.n),
-                        {a + i * kLd, kLd, 1}, key_natural_, panel_size<D>(t.n),
-                        dq_ + (first + i) * padded_dim_, padded_dim_, true);
+    for (int64_t i = begin; i < t.rows; i += D::kTileRows) {
+      const auto* a = reinterpret_cast<const Lane*>(ds_rows(i));
+      multiply_strip<D>(std::min<int64_t>(D::kTileRows, t.rows - i), dim_,
+                        lanes<D>(seen_by_strip(t, i)), {a, kLd, 1}, key_natural_,
+                        panel_size<D>(t.n), dq_ + (first + i) * padded_dim_, padded_dim_, true);
     }
-    position_grads_.add(p_, t.s, ds_rows(0), kTileLd, t.q, t.rows, t.key, t.n);
+    position_grads_.add(p_, t.s, ds_rows(begin), kTileLd, t.q + begin, rows, t.key, t.n);
+  }
+  // Keys of the tile up to the last one that a row of the strip sees.
+  static int64_t seen_by_strip(const Tile& t, int64_t i) {
+    const int64_t last = std::min<int64_t>(i + D::kTileRows, t.rows) - 1;
+    return std::clamp<int64_t>(t.range.end(t.q + last) - t.key, 0, t.n);
+  }
+  static float* floats(float* tile, int64_t r) {
+    return tile + (kInPlace ? r : r % D::kTileRows) * kTileLd;
   }
   // Row r of P and dS of the tile, as products read them.
   Element* p_rows(int64_t r) {
@@ -232,7 +252,7 @@ class Worker {
     const int64_t i = t.q + r, first = t.g * query_space_;
     const int64_t all = t.range.end(i), begin = t.range.begin(i);
     const int64_t seen = std::clamp<int64_t>(all - t.key, 0, t.n);
-    float *p = p_tile_ + r * kTileLd, *dp = ds_tile_ + r * kTileLd;
+    float *p = floats(p_tile_, r), *dp = floats(ds_tile_, r);
     const int64_t unseen = std::clamp<int64_t>(begin - t.key, 0, seen);
     const ScoreRow score_row{t.s, t.head, i, t.key + unseen, seen - unseen};
     scores_of_.apply(score_row, p + unseen, slopes_);
@@ -291,6 +311,7 @@ class Worker {
     if (terms_) {
       for (j = 0; j < unseen; j += kWidth) store(to_ds + j, zero(), unseen - j);
       add_terms(score_row, dp + unseen, to_ds + unseen);
+      store(to_ds + seen, zero());  // whose vectors begin at `unseen`, those below at multiples
     }
     for (j = round_up(seen, kWidth); j < round_up(t.n, kWidth); j += kWidth) {
       store(to_p + j, zero());
@@ -338,7 +359,7 @@ class Worker {
   const int64_t dim_, value_dim_, depth_, value_depth_, padded_dim_, padded_value_dim_, group_;
   const Scores scores_of_;
   const bool terms_;  // a row of dS is looked at beside its products
-  const Power<D::kPerLane == 2 ? 3 : 6> power_;
+  const Power<D::kPerLane == 2 ? 4 : 6> power_;
   const int64_t query_space_, query_room_, grad_room_;
   int64_t query_panel_ = 0;
   PositionScores<T> positions_;

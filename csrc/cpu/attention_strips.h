@@ -25,7 +25,7 @@ struct ForwardBlock {
   using Lane = typename D::Lane;
   static constexpr bool kInPlace = D::kPerLane == 1;  // probabilities are lanes as they stand
   using Probability = std::conditional_t<kInPlace, float, T>;
-  static constexpr int kDegree = D::kPerLane == 2 ? 3 : 6;
+  static constexpr int kDegree = D::kPerLane == 2 ? 4 : 6;
 
   ForwardBlock(const AttentionParams& p)
       : p(p),

@@ -71,7 +71,7 @@ struct Power {
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     const Vec n = (Vec)_mm512_maskz_roundscale_ps(normal, (__m512)t, kNearest);
     Vec f = d * factor - n;
-    if constexpr (kDegree > 3) f = fma(d, rest, f);
+    if constexpr (kDegree > 4) f = fma(d, rest, f);
     return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)exp2_fraction<kDegree>(f), (__m512)n);
   }
 #else
@@ -80,7 +80,7 @@ struct Power {
     const Vec shifted = t + kExp2Magic;
     const Vec n = shifted - kExp2Magic;
     Vec f;
-    if constexpr (kDegree == 3) {
+    if constexpr (kDegree == 4) {
       f = t - n;
     } else {
       f = select(as<IVec>(t <= -127.0f), zero(), fma(d, rest, d * factor - n));
@@ -112,7 +112,7 @@ struct BoundedPower {
     const Vec n = shifted - kExp2Magic;
 #endif
     Vec f = score * factor - n;
-    if constexpr (kDegree > 3) f = fma(score, rest, f);
+    if constexpr (kDegree > 4) f = fma(score, rest, f);
     const Vec p = exp2_fraction<kDegree>(f, kBoundedScale);
 #if defined(__AVX512F__)
     return (Vec)_mm512_maskz_scalef_ps(kAllLanes, (__m512)p, (__m512)n);
