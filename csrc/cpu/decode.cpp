@@ -309,7 +309,7 @@ class Worker {
   const int64_t group_, rows_, depth_, padded_dim_;
   const bool scattered_, in_unit_;
   const DecodeScores scores_;
-  const Power<D::kPerLane == 2 ? 3 : 6> power_;
+  const Power<D::kPerLane == 2 ? 4 : 6> power_;
   Scratch scratch_;
   Lane *queries_, *probabilities_;
   float *products_, *sums_;
