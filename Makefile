@@ -6,6 +6,10 @@ VENV   ?= .venv
 # What pip installs as torch. PyPI's Linux builds bring gigabytes of CUDA along; for a CPU build:
 #   make test TORCH='torch==2.13.0 --index-url <the CPU index of pytorch.org>'
 TORCH  ?= torch==2.13.0
+# What make bench times: roofline, attention, relative, decode, norm, mlp, calls, models or all of them.
+SUITE  ?= all
+# Which of its files make readme-bench takes: the newest run of the attention suite.
+RUN    ?= $(lastword $(sort $(wildcard fast-transformer-bench/attention-*.json)))
 # More options for pytest: make test PYTEST='-k attention -x'
 PYTEST ?=
 
@@ -15,7 +19,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo readme test test-fast test-full bench build lint format wheel clean FORCE
+.PHONY: help demo readme readme-bench test test-fast test-full bench build lint format wheel clean FORCE
 
 help: ## list what can be done
 	@echo "make <target>, where target is one of"
@@ -25,7 +29,10 @@ demo: build $(VENV)/.demo ## a real sentence encoder before and after ft.acceler
 	$(VENV)/bin/fast-transformer demo
 
 readme: demo ## write the demo's figures into the README
-	$(PY) -m benchmarks.readme fast-transformer-demo/figures.json
+	$(PY) benchmarks/readme.py fast-transformer-demo/figures.json
+
+readme-bench: build ## write the newest run of the attention suite into the README
+	$(PY) benchmarks/readme.py $(RUN)
 
 test: build $(VENV)/.test ## the whole correctness suite, as continuous integration runs it
 	$(PY) -m pytest -m "not full" $(PYTEST)
@@ -36,8 +43,8 @@ test-fast: build $(VENV)/.test ## a small selection, for the minute between two 
 test-full: build $(VENV)/.test ## everything, the slow tests too
 	$(PY) -m pytest $(PYTEST)
 
-bench: build $(VENV)/.test ## time every op against PyTorch's ways to compute it
-	$(PY) -m benchmarks
+bench: build $(VENV)/.test ## time every op against PyTorch's ways to compute it, or one SUITE of them
+	$(VENV)/bin/fast-transformer bench --suite $(SUITE)
 
 build: $(VENV)/.tools ## compile the native code, in place; only what changed
 	@$(PY) setup.py -q build_ext --inplace

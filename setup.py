@@ -250,9 +250,12 @@ LIBRARIES = []
 if COMPILER:
     LIBRARIES = [*(f"_cpu_{isa}" for isa in instruction_sets()), "_C", "_machine"]
 
+# Folders at the top of the tree that are parts of the package.
+ROOMS = {f"fast_transformer.{name}": name for name in ("kernels", "benchmarks")}
+
 setup(
-    packages=[*find_packages(include=["fast_transformer*"]), "fast_transformer.kernels"],
-    package_dir={"fast_transformer.kernels": "kernels"},
+    packages=[*find_packages(include=["fast_transformer*"]), *ROOMS],
+    package_dir=ROOMS,
     ext_modules=[Extension(f"fast_transformer.{name}", []) for name in LIBRARIES],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
     # Not in pyproject.toml: build isolation would then download gigabytes, even beside a torch.

@@ -1,1 +1,4 @@
-"""Every op and model against PyTorch's best way, side by side: `python -m benchmarks --help`."""
+"""Every op and model against PyTorch's best way, side by side: `fast-transformer bench --help`.
+
+Installed as `fast_transformer.benchmarks`.
+"""

@@ -4,12 +4,13 @@ import math
 
 from torch.nn import functional as F
 
-from benchmarks.contest import DTYPES, Contest, Entry
-from fast_transformer import linear_act, mlp
+from fast_transformer.benchmarks.contest import DTYPES, Contest, Entry
+from fast_transformer.ops import linear_act, mlp
 from fast_transformer.testing import MlpCase, cases
 
 SUITE = "mlp"
 CASES = cases("mlp", "bench")
+PEERS = ("pytorch",)
 ACTIVATIONS = {
     None: lambda x: x,
     "gelu": F.gelu,

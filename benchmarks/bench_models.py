@@ -15,6 +15,7 @@ import fast_transformer as ft
 SUITE = "models"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = ((1, 32), (1, 128), (8, 128), (32, 128), (8, 512))  # batch, length
+TRAINED = (8, 128)
 Pair = tuple[Callable[[], object], Callable[[], object]]
 
 
@@ -98,8 +99,11 @@ def objection(ours: nn.Module, stock: nn.Module, exact: nn.Module, inputs: dict)
     return None if error <= limit else f"off by {error:.1e}, the stock model by {plain:.1e}"
 
 
-def pairs(only: str, dtypes: list[str]) -> Iterator[tuple[str, str, Pair | str]]:
+def pairs(
+    only: str, dtypes: list[str], quick: bool = False
+) -> Iterator[tuple[str, str, Pair | str]]:
     """(name, dtype, (ours, PyTorch's)) or what is wrong in place of the pair, one at a time."""
+    shapes = [TRAINED] if quick else SHAPES
     for name, build in MODELS.items():
         if only not in name:
             continue
@@ -108,7 +112,7 @@ def pairs(only: str, dtypes: list[str]) -> Iterator[tuple[str, str, Pair | str]]
             stock = copy.deepcopy(exact).to(DTYPES[dtype])
             ours = copy.deepcopy(stock)
             ft.accelerate(ours)
-            for batch, length in SHAPES:
+            for batch, length in shapes:
                 for fill in (1.0, 0.6) if batch > 1 else (1.0,):
                     inputs = inputs_of(stock, batch, length, fill, DTYPES[dtype])
                     label = f"{name} {batch}×{length} {fill:.0%}"
@@ -119,6 +123,6 @@ def pairs(only: str, dtypes: list[str]) -> Iterator[tuple[str, str, Pair | str]]
                         dtype,
                         wrong or tuple(infer(m, inputs) for m in both),
                     )
-                    if (batch, length) == (8, 128):
+                    if (batch, length) == TRAINED:
                         both = ours.train(), stock.train()
                         yield f"{label} training", dtype, tuple(train(m, inputs) for m in both)

@@ -2,12 +2,13 @@
 
 from torch.nn import functional as F
 
-from benchmarks.contest import DTYPES, Contest, Entry
-from fast_transformer import add_norm, layer_norm
+from fast_transformer.benchmarks.contest import DTYPES, Contest, Entry
+from fast_transformer.ops import add_norm, layer_norm
 from fast_transformer.testing import NormCase, cases
 
 SUITE = "norm"
 CASES = cases("norm", "bench")
+PEERS = ("pytorch",)
 
 
 def contest(case: NormCase, dtype: str) -> Contest:

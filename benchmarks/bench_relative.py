@@ -3,8 +3,9 @@
 import torch
 from torch.nn import functional as F
 
-from benchmarks.contest import DTYPES, Contest, Entry
-from fast_transformer import relative_attention
+from fast_transformer.benchmarks.bench_attention import judged
+from fast_transformer.benchmarks.contest import DTYPES, Contest, Entry
+from fast_transformer.ops import relative_attention
 from fast_transformer.testing import RelativeCase, cases
 
 SUITE = "relative"
@@ -22,7 +23,7 @@ def contest(case: RelativeCase, dtype: str) -> Contest:
     # the product with position_key is one more forward; backward, it and its two gradients
     more = 1 if case.positions else 0
     flops = ((4 + 2 * more) * D * pairs, (10 + 6 * more) * D * pairs)
-    return Contest(case, dtype, ours, peers, flops=flops)
+    return Contest(case, dtype, ours, peers, "formula", flops=flops, judged=judged(case))
 
 
 def added(query, key, position_key=None, position_zero=None, position_bias=None, segment_key=None,

@@ -1,5 +1,6 @@
-"""Writes the demo's table into README.md: `python -m benchmarks.readme FOLDER/figures.json`.
+"""Writes tables into README.md: `python benchmarks/readme.py FILE…`.
 
+A file is what the demo wrote, figures.json, or a run of the attention suite; it tells which itself.
 What stands between the markers is never edited by hand.
 """
 
@@ -7,11 +8,33 @@ import json
 import sys
 from pathlib import Path
 
+from fast_transformer.benchmarks.report import Mean, means, setting
+
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+ATTENTION_ROWS = {  # (kind, step) -> what a reader calls it
+    ("full", "forward"): "full",
+    ("causal", "forward"): "causal",
+    ("varlen", "forward"): "packed sequences, against padded ones",
+    ("padded", "forward"): "padded",
+    ("bias", "forward"): "boolean or additive mask",
+    ("window", "forward"): "sliding window",
+    ("alibi", "forward"): "ALiBi",
+    ("softcap", "forward"): "softcap",
+    ("gqa", "forward"): "heads that share keys and values",
+    ("value-dim", "forward"): "values wider than keys",
+    ("dropout", "forward"): "dropout",
+    ("decode", "forward"): "decoding",
+    ("decode-gqa", "forward"): "decoding, heads that share keys and values",
+    ("decode-tokens", "forward"): "decoding, several tokens at once",
+    ("decode-paged", "forward"): "decoding, paged cache",
+    ("full", "backward"): "full, backward",
+    ("causal", "backward"): "causal, backward",
+    ("bias-gradient", "backward"): "mask with a gradient, backward",
+}
+ATTENTION_KINDS = {kind for kind, _ in ATTENTION_ROWS}
 
 
-def table(figures: dict) -> str:
+def demo(figures: dict) -> str:
     """The demo's figures in Markdown."""
     lines = [
         "| all-MiniLM-L6-v2, real text | transformers (SDPA) | fast_transformer | speed-up |",
@@ -42,15 +65,65 @@ def table(figures: dict) -> str:
     return "\n".join(lines)
 
 
+def attention(run: dict) -> str:
+    """The means of the attention suite in Markdown: a row a kind, a column a dtype."""
+    results = [r for r in run["results"] if r["kind"] in ATTENTION_KINDS]
+    found = means(results)
+    dtypes = list(dict.fromkeys(r["dtype"] for r in results))
+    lines = [
+        f"| attention, times faster | {' | '.join(dtypes)} |",
+        f"|---|{'---:|' * len(dtypes)}",
+    ]
+    for key, name in ATTENTION_ROWS.items():
+        if key in found:
+            cells = " | ".join(mean(found[key].get(dtype)) for dtype in dtypes)
+            lines.append(f"| {name} | {cells} |")
+    c = run["conditions"]
+    behind = sum(r["behind"] for r in results if not r["wrong"])
+    lines += [
+        "",
+        f"Geometric means, in parentheses the worst point, over the fastest of {peers(results)} "
+        f"at each of {len(results)} points; PyTorch is ahead at {behind}. Medians of "
+        f"{c['rounds']} interleaved rounds, {setting(c)}, torch {c['torch']}, {c['date'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
+def mean(found: Mean | None) -> str:
+    """One cell."""
+    return "" if found is None else f"**{found.mean:.2f}×** ({found.worst:.2f}×)"
+
+
+def peers(results: list[dict]) -> str:
+    """Whom ours was measured against, in words."""
+    words = {"sdpa": "SDPA", "repeated": "SDPA on repeated heads", "formula": "the plain formula",
+             "compiled": "the formula compiled",
+             "flex": "flex_attention"}  # fmt: skip
+    met = {name for r in results for name in r["timings"]}
+    *first, last = [word for name, word in words.items() if name in met]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def write(name: str, table: str) -> None:
+    """Put a table between its markers."""
+    begin, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    before, rest = README.read_text().split(begin)
+    after = rest.split(end)[1]
+    README.write_text(f"{before}{begin}\n{table}\n{end}{after}")
+
+
 def main() -> None:
     """Rewrite the README."""
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         sys.exit(__doc__)
-    figures = json.loads(Path(sys.argv[1]).read_text())
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{table(figures)}\n{END}{after}")
+    for name in sys.argv[1:]:
+        figures = json.loads(Path(name).read_text())
+        if "agreement" in figures:
+            write("demo", demo(figures))
+        elif any(r["kind"] in ATTENTION_KINDS for r in figures.get("results", ())):
+            write("bench-attention", attention(figures))
+        else:
+            sys.exit(f"{name} holds neither the demo's figures nor a run of the attention suite.")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from fast_transformer.env import __version__, env
 from fast_transformer.ops import (
     add_norm,
     attention,
+    attention_decode,
     attention_varlen,
     layer_norm,
     linear_act,
@@ -21,6 +22,7 @@ __all__ = [
     "accelerate",
     "add_norm",
     "attention",
+    "attention_decode",
     "attention_varlen",
     "backend",
     "env",

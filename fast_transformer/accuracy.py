@@ -11,6 +11,7 @@ from fast_transformer import backends, ops
 
 LOGARITHMS = {  # outputs that are logarithms
     "attention": ("1",),
+    "attention_decode": ("1",),
     "attention_varlen": ("1",),
     "relative_attention": ("1",),
 }

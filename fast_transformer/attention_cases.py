@@ -21,7 +21,7 @@ def offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
-def _lengths(batch: int, longest: int, fill: float) -> list[int]:
+def spread_lengths(batch: int, longest: int, fill: float) -> list[int]:
     """Lengths spread evenly around fill · longest, the shortest about (2 · fill − 1) · longest."""
     low = 2 * fill - 1
     return [round(longest * (low + (1 - low) * (b + 0.5) / batch)) for b in range(batch)]
@@ -53,6 +53,24 @@ class _ScoresCase:
     softcap: float = 0.0
     bias_gradient: bool = False
 
+    @property
+    def kind(self) -> str:
+        """What tells most about its cost, dearest first."""
+        masks = {
+            "bias-gradient": self.bias_gradient,
+            "dropout": self.dropout_p > 0,
+            "varlen": self.padding == "varlen",
+            "padded": self.padding is not None,
+            "bias": self.bias is not None,
+            "softcap": self.softcap > 0,
+            "alibi": self.alibi,
+            "window": self.window != (-1, -1),
+            "value-dim": self.value_dim is not None,
+            "gqa": self.kv_heads is not None,
+            "causal": self.causal,
+        }
+        return next((name for name, has in masks.items() if has), "full")
+
     def options(self, random: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
         """What is passed beside the tensors that are packed."""
         B, H, T, S, _ = self.shape
@@ -74,9 +92,9 @@ class _ScoresCase:
         elif self.bias == "padding":
             options["bias"] = torch.rand(B, 1, 1, S, generator=random) < 0.7
         if self.padding == "right":
-            options["key_lengths"] = torch.tensor(_lengths(B, S, self.fill))
+            options["key_lengths"] = torch.tensor(spread_lengths(B, S, self.fill))
         elif self.padding == "left":
-            options["key_starts"] = S - torch.tensor(_lengths(B, S, self.fill))
+            options["key_starts"] = S - torch.tensor(spread_lengths(B, S, self.fill))
         return options
 
     @property
@@ -113,7 +131,7 @@ class AttentionCase(_ScoresCase):
             (B, heads, size, dim) for size, (heads, dim) in zip(sizes, self.widths, strict=True)
         ]
         if self.padding == "varlen":
-            q, k = _lengths(B, T, self.fill), _lengths(B, S, self.fill)
+            q, k = spread_lengths(B, T, self.fill), spread_lengths(B, S, self.fill)
             options |= {"max_seqlen_q": T, "max_seqlen_k": S}
             options |= {"cu_seqlens_q": offsets(q), "cu_seqlens_k": offsets(k)}
             tokens = (sum(q), sum(k), sum(k))
@@ -139,6 +157,11 @@ class RelativeCase(_ScoresCase):
     family: str = "relative"
 
     op = "relative_attention"
+
+    @property
+    def kind(self) -> str:
+        """Which terms there are."""
+        return self.layout if self.positions else "distance" if self.distance else "segments"
 
     @property
     def wrt(self) -> tuple[str, ...]:
@@ -267,6 +290,11 @@ def _attention_benches() -> Iterable[AttentionCase]:
             shape = (batch, 4, length, length, head_dim)
             yield AttentionCase(f"full-T{length}-D{head_dim}", "bench", shape)
             yield AttentionCase(f"causal-T{length}-D{head_dim}", "bench", shape, causal=True)
+    for length, heads in ((4096, 4), (8192, 2), (16384, 1)):
+        shape = (1, heads, length, length, 64)
+        yield AttentionCase(f"full-T{length}-D64", "long", shape)
+        use = "bench" if length == 4096 else "long"
+        yield AttentionCase(f"causal-T{length}-D64", use, shape, causal=True)
     models: dict[str, Shape] = {
         "minilm": (32, 12, 128, 128, 32),
         "bert-base": (8, 12, 512, 512, 64),

@@ -2,8 +2,9 @@
 
 A case says what is computed, not on what: `case.inputs(dtype)` makes fresh arguments for the public
 function `case.op`, the same at every call. Cases for "test" are small and odd, those for "bench"
-have the sizes that models use; both lists are fixed, so that no kernel is tuned to be measured.
-Those of attention are in attention_cases.py.
+have the sizes that models use, those for "long" take minutes; all are fixed, so that no kernel is
+tuned to be measured. A case's `kind` is the class that it is summed up in. Those of attention are
+in attention_cases.py and decode_cases.py.
 """
 
 from collections.abc import Iterable
@@ -20,11 +21,13 @@ from fast_transformer.attention_cases import (
     generator,
     offsets,
 )
+from fast_transformer.decode_cases import DECODE_CASES, DecodeCase
 
 __all__ = [
     "CASES",
     "DTYPES",
     "AttentionCase",
+    "DecodeCase",
     "MlpCase",
     "NormCase",
     "RelativeCase",
@@ -57,6 +60,11 @@ class NormCase:
     def op(self) -> str:
         """The public function."""
         return "add_norm" if self.added else "layer_norm"
+
+    @property
+    def kind(self) -> str:
+        """What passes over the memory there are."""
+        return f"{self.op}, dropout" if self.dropout_p > 0 else self.op
 
     @property
     def wrt(self) -> tuple[str, ...]:
@@ -98,6 +106,11 @@ class MlpCase:
         return "linear_act" if len(self.shape) == 3 else "mlp"
 
     @property
+    def kind(self) -> str:
+        """The public function."""
+        return self.op
+
+    @property
     def wrt(self) -> tuple[str, ...]:
         """The arguments that have a gradient."""
         if self.op == "linear_act":
@@ -120,7 +133,7 @@ class MlpCase:
         return made
 
 
-Case = AttentionCase | RelativeCase | NormCase | MlpCase
+Case = AttentionCase | RelativeCase | DecodeCase | NormCase | MlpCase
 
 
 def _norm_tests() -> Iterable[NormCase]:
@@ -178,6 +191,7 @@ def _mlp_benches() -> Iterable[MlpCase]:
 
 CASES: tuple[Case, ...] = (
     *ATTENTION_CASES,
+    *DECODE_CASES,
     *_norm_tests(),
     *_norm_benches(),
     *_mlp_tests(),
@@ -186,5 +200,5 @@ CASES: tuple[Case, ...] = (
 
 
 def cases(family: str, use: str) -> list[Case]:
-    """Return the cases of one family for "test" or "bench"."""
+    """Return the cases of one family for "test", "bench" or "long"."""
     return [case for case in CASES if case.family == family and case.use == use]

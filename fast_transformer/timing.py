@@ -13,6 +13,7 @@ import platform
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -59,6 +60,28 @@ def steady(threads: int | None = None) -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def pin(threads: int) -> tuple[int, ...]:
+    """Bind this process to as many processors as threads, and return them.
+
+    Each is on a core of its own while there are cores, and the last come first: the first of a
+    machine serves most of its interrupts. Before torch runs anything in parallel: the threads of
+    its pool stay where the thread that makes them may run. ValueError where processors are too few.
+    """
+    allowed = sorted(os.sched_getaffinity(0), reverse=True)
+    if not 1 <= threads <= len(allowed):
+        raise ValueError(f"threads is {threads}; this process may use 1 to {len(allowed)}.")
+    met: Counter[str] = Counter()
+    place = {}  # of a processor within its core
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        core = siblings.read_text() if siblings.exists() else str(cpu)
+        place[cpu] = met[core]
+        met[core] += 1
+    chosen = tuple(sorted(allowed, key=lambda cpu: place[cpu])[:threads])
+    os.sched_setaffinity(0, chosen)
+    return chosen
 
 
 def interleaved(
@@ -126,6 +149,17 @@ def copy_rate(size: int) -> float | None:
     from fast_transformer import _machine
 
     return _machine.copy_bandwidth(str(isa), size)
+
+
+@functools.cache
+def read_rate(size: int) -> float | None:
+    """Bytes a second that one core reads within `size` bytes; None without kernels."""
+    isa = env()["isa"]
+    if isa is None:
+        return None
+    from fast_transformer import _machine
+
+    return _machine.read_bandwidth(str(isa), size)
 
 
 def conditions() -> dict[str, Any]:

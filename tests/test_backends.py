@@ -12,10 +12,11 @@ import fast_transformer as ft
 from fast_transformer import backends
 from fast_transformer.backends import Backend, Call, choose
 from fast_transformer.ops.attention import BACKENDS as ATTENTION
+from fast_transformer.ops.decode import BACKENDS as DECODE
 from fast_transformer.ops.mlp import LINEAR_BACKENDS, MLP_BACKENDS
 from fast_transformer.ops.norm import BACKENDS as NORM
 
-TABLES = [ATTENTION, NORM, LINEAR_BACKENDS, MLP_BACKENDS]
+TABLES = [ATTENTION, DECODE, NORM, LINEAR_BACKENDS, MLP_BACKENDS]
 
 
 def table(**reasons):

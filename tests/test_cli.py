@@ -164,7 +164,7 @@ def test_what_is_missing_is_said_in_one_sentence(command, missing, extra, tmp_pa
 def test_help_lists_the_commands():
     done = fast_transformer("--help")
     assert done.returncode == 0
-    for command in ("demo", "env", "explain"):
+    for command in ("demo", "env", "explain", "bench"):
         assert command in done.stdout
 
 

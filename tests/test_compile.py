@@ -119,6 +119,32 @@ def test_inductor(cpu):
     torch.testing.assert_close(gradients(out, inputs), gradients(expected, inputs))
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_a_cache_grows_in_a_compiled_function(backend, compiler, block_size):
+    """In place, one graph for every length."""
+
+    def step(query, caches, lengths, new, table):
+        out = ft.attention_decode(
+            query, *caches, lengths, new_key=new, new_value=new * 2, block_table=table
+        )
+        return out + 1, lengths + 1
+
+    def caches():
+        shape = (2, 3, 8, 8) if block_size is None else (4, 3, block_size, 8)
+        return torch.zeros(shape), torch.zeros(shape)
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    table = None if block_size is None else torch.tensor([[3, 0], [2, 1]])
+    theirs, ours = caches(), caches()
+    lengths = torch.tensor([0, 3])
+    for _ in range(3):
+        query, new = torch.randn(2, 6, 1, 8), torch.randn(2, 3, 1, 8)
+        out, after = compiled(query, ours, lengths, new, table)
+        expected, lengths = step(query, theirs, lengths, new, table)
+        torch.testing.assert_close((out, after, *ours), (expected, lengths, *theirs))
+
+
 def test_the_choice_is_made_at_trace_time(kernels):
     function = torch.compile(ft.layer_norm, fullgraph=True, backend="eager")
     x = torch.randn(3, 8)
@@ -221,8 +247,23 @@ def attention_calls():
     yield "attention_bwd", (out, None, packed, packed, packed, out, softmax, *options, False)
 
 
+def decode_calls():
+    query, new = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 1, 8)
+    cache, length = torch.randn(2, 2, 6, 8), torch.tensor([5, 3], dtype=torch.int32)
+    options = (0.3, True, -1, -1, 0.0)
+    yield (
+        "attention_decode",
+        (query, cache, cache[..., :5].clone(), length, None, None, None, None, *options),
+    )
+    table, slopes = torch.tensor([[1, 0, 4], [2, 3, -1]], dtype=torch.int32), torch.rand(4)
+    pages = torch.randn(5, 2, 2, 8), torch.randn(5, 2, 2, 8)
+    options = (0.3, False, 3, 1, 20.0)
+    yield "attention_decode", (query, *pages, length, new, new + 1, table, slopes, *options)
+
+
 def operator_calls():
     yield from attention_calls()
+    yield from decode_calls()
     seed = torch.tensor(5)
     x, w, mean = torch.randn(2, 3, 8), torch.randn(8), torch.randn(6)
     yield "norm_fwd", (x, None, w, w, None, 1e-5, 0.0, False)

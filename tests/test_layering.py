@@ -17,12 +17,14 @@ LONGEST = 400
 # A layer imports from those below it in this table and from itself, never from those above.
 LAYERS = [
     {"cli"},
+    {"benchmarks"},
     {"training", "generation"},
     {"models"},
     {"integrations", "compat"},
     {"nn"},
     {"optim"},
     {"testing"},
+    {"decode_cases"},
     {"accuracy", "attention_cases", "timing"},
     {"ops"},
     {"env"},
@@ -30,14 +32,17 @@ LAYERS = [
     {"_library"},
     {"_machine"},
 ]
+# Folders at the top of the tree that are installed as parts of the package.
+ROOMS = ("kernels", "benchmarks")
 # Of other people's packages, torch is everybody's; these are for the layers named.
 GUESTS = {
-    "transformers": {"cli", "integrations", "models", "training"},
+    "transformers": {"cli", "benchmarks", "integrations", "models", "training"},
     "tokenizers": {"cli", "training"},
     "safetensors": {"cli", "models", "training"},
     "typer": {"cli"},
     "rich": {"cli", "training"},
-    "matplotlib": {"cli"},
+    "matplotlib": {"cli", "benchmarks"},
+    "pytest": {"benchmarks"},
     "triton": {"kernels"},
 }
 
@@ -63,9 +68,14 @@ def sources(folder, pattern):
     return sorted(path for path in folder.rglob(pattern) if "__pycache__" not in path.parts)
 
 
-@pytest.mark.parametrize("path", sources(PACKAGE, "*.py"), ids=lambda p: str(p.relative_to(ROOT)))
+LAYERED = [path for folder in (PACKAGE, *(ROOT / room for room in ROOMS)) for path in
+           sources(folder, "*.py")]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", LAYERED, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_downwards(path):
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    folder, *rest = path.relative_to(ROOT).parts
+    own = folder if folder in ROOMS else rest[0].removesuffix(".py")
     if own == "__init__":  # the shop window shows everything
         return
     layer = layer_of(own)

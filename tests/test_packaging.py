@@ -1,5 +1,6 @@
 """What is built and how it is installed: symbols, sdist, wheel, and the errors on the way."""
 
+import json
 import os
 import re
 import shutil
@@ -212,21 +213,6 @@ def test_sets_are_supported_in_order(kernels):
         assert "avx2" in supported and "avx512f" in _machine.cpu_features()
 
 
-def test_peaks(kernels):
-    """The probes answer for every set, and a wider one is no slower than half the narrower."""
-    from fast_transformer import _machine
-
-    isas = _library.status().available
-    flops = [_machine.peak_flops(isa, "float32") for isa in isas]
-    assert all(better > worse / 2 for worse, better in zip(flops, flops[1:], strict=False))
-    assert _machine.read_bandwidth(isas[-1], 1 << 14) > 1e8
-    assert _machine.copy_bandwidth(isas[-1], 1 << 14) > 1e8
-    with pytest.raises(ValueError, match="isa is 'mmx'; accepted on this machine: "):
-        _machine.peak_flops("mmx", "float32")
-    with pytest.raises(ValueError, match="dtype is 'int8'; accepted: float32, bfloat16, float16"):
-        _machine.peak_flops(isas[-1], "int8")
-
-
 # ---- what a user may be missing
 
 
@@ -329,6 +315,7 @@ def test_wheel_holds_the_package_alone(wheel):
         library.name for library in NATIVE
     }
     assert "fast_transformer/kernels/__init__.py" in names
+    assert "fast_transformer/benchmarks/suites.py" in names
     assert {"fast_transformer/py.typed", "fast_transformer/_machine.pyi"} <= set(names)
 
 
@@ -341,6 +328,19 @@ def test_wheel_in_an_empty_environment(installed, tmp_path):
     assert Path(file).is_relative_to(installed.parents[1])
     assert isa == _library.status().isa
     assert (installed.parent / "fast-transformer").exists()
+
+
+@needs_source
+def test_the_wheel_brings_the_benchmarks(installed, tmp_path):
+    """They run from there, and claim no commit of the tree that they happen to lie in."""
+    pytest.importorskip("typer")
+    command = [installed.parent / "fast-transformer", "bench", "--suite", "norm", "--rounds", "1"]
+    done = subprocess.run(
+        [*command, "--only", "norm-1x768"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = (tmp_path / "fast-transformer-bench").glob("norm-*.json")
+    assert json.loads(file.read_text())["conditions"]["commit"] == "unknown"
 
 
 @needs_source

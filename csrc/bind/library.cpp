@@ -80,6 +80,13 @@ STABLE_TORCH_LIBRARY(fast_transformer, m) {
       "int activation, float dropout_p, bool need_dx, bool need_dw1, bool need_db1, bool need_dw2, "
       "bool need_db2) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)");
 
+  // Writes new_key and new_value, where given, into the caches.
+  m.def(
+      "attention_decode(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+      "Tensor cache_lengths, Tensor? new_key, Tensor? new_value, Tensor? block_table, "
+      "Tensor? alibi_slopes, float scale, bool causal, int window_left, int window_right, "
+      "float softcap) -> (Tensor out, Tensor lse)");
+
   m.def("isa() -> str");
   m.def("load_kernels(str path) -> ()");
 }

@@ -1,6 +1,7 @@
 // The table that each instruction set's library exports: its only symbol is `ft_cpu_kernels`.
 #pragma once
 #include "../common/attention.h"
+#include "../common/decode.h"
 #include "../common/mlp.h"
 #include "../common/norm.h"
 #include "../common/parallel.h"
@@ -17,11 +18,13 @@ struct Kernels {
   void (*linear_act_bwd)(const LinearGradParams&, const Parallel&);
   void (*mlp_fwd)(const MlpParams&, const Parallel&);
   void (*mlp_bwd)(const MlpGradParams&, const Parallel&);
+  void (*attention_decode)(const DecodeParams&, const Parallel&);
 
   // Of one core, a second: see peak.cpp.
   double (*peak_flops)(DType);
   double (*read_bandwidth)(int64_t bytes);
   double (*copy_bandwidth)(int64_t bytes);
+  double (*streaming_bandwidth)(int64_t bytes);
 };
 
 }  // namespace ft

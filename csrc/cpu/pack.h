@@ -28,9 +28,14 @@ FT_INLINE UVec load_row_lanes(const T* p, int64_t left) {
   } else {
     static_assert(sizeof(T) == 2);
     if (left >= 2 * kWidth) return load_bits<UVec>(p);
+#if defined(__AVX512BW__)
+    const auto mask = static_cast<__mmask32>(left > 0 ? (uint32_t{1} << left) - 1 : 0);
+    return (UVec)_mm512_maskz_loadu_epi16(mask, p);
+#else
     UVec v{};
     if (left > 0) std::memcpy(&v, p, left * sizeof(T));
     return v;
+#endif
   }
 }
 

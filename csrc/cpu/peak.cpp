@@ -1,8 +1,10 @@
 // The limits of one core on this instruction set, to print beside what a kernel reaches.
 //
 // Arithmetic: the microkernel's own multiply-add on registers alone. Memory: the plainest loop that
-// loads, or loads and stores, every byte of a buffer; its size says which cache is measured.
-// Each figure is the best of several short runs, since whatever disturbs a run only slows it down.
+// loads, or loads and stores, every byte of a buffer; its size says which cache is measured. A
+// plain store reads the line that it changes; a streaming one does not, and leaves no copy in the
+// caches. Each figure is the best of several short runs, since whatever disturbs a run only slows
+// it down.
 #include <algorithm>
 #include <chrono>
 
@@ -72,6 +74,64 @@ double multiply_add_rate(typename D::Lane a, typename D::Lane b) {
 constexpr int kAtOnce = 8;  // vectors in flight; hides the latency of one load
 constexpr int64_t kBlock = kAtOnce * sizeof(Vec);
 
+// Two neighbours at a time, as aarch64's only store past the caches takes them.
+struct CachedStore {
+  static FT_INLINE void pair(char* to, UVec first, UVec second) {
+    store_bits(to, first);
+    store_bits(to + sizeof(UVec), second);
+  }
+  static void finish() {}
+};
+struct StreamingStore {
+  static FT_INLINE void pair(char* to, UVec first, UVec second) {
+#if defined(__aarch64__)
+    asm volatile("stnp %q1, %q2, [%0]" : : "r"(to), "w"(first), "w"(second) : "memory");
+#else
+    one(to, first);
+    one(to + sizeof(UVec), second);
+#endif
+  }
+#if defined(__aarch64__)
+  static void finish() {}
+#else
+  static void finish() { _mm_sfence(); }  // until it has left the core, it is not written
+
+ private:
+  static FT_INLINE void one(char* to, UVec v) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)v);
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)v);
+#endif
+  }
+#endif
+};
+
+template <typename Store>
+double copy_rate(int64_t bytes) {
+  const int64_t half = std::max(kBlock, bytes / 2 / kBlock * kBlock);
+  Scratch scratch(2 * Scratch::bytes<char>(half));
+  char *from = scratch.take<char>(half), *to = scratch.take<char>(half);
+  std::fill(from, from + half, char{1});
+  std::fill(to, to + half, char{0});
+  return best_rate(2.0 * static_cast<double>(half), [&](int64_t repeat) {
+    for (int64_t r = 0; r < repeat; ++r) {
+      for (int64_t at = 0; at < half; at += kBlock) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kAtOnce; i += 2) {
+          const int64_t offset = at + i * static_cast<int64_t>(sizeof(UVec));
+          Store::pair(to + offset, load_bits<UVec>(from + offset),
+                      load_bits<UVec>(from + offset + sizeof(UVec)));
+        }
+      }
+      Store::finish();
+      keep(*to);
+    }
+  });
+}
+
 }  // namespace
 
 double peak_flops(DType dtype) {
@@ -104,24 +164,8 @@ double read_bandwidth(int64_t bytes) {
   });
 }
 
-double copy_bandwidth(int64_t bytes) {
-  const int64_t half = std::max(kBlock, bytes / 2 / kBlock * kBlock);
-  Scratch scratch(2 * Scratch::bytes<char>(half));
-  char *from = scratch.take<char>(half), *to = scratch.take<char>(half);
-  std::fill(from, from + half, char{1});
-  std::fill(to, to + half, char{0});
-  return best_rate(2.0 * static_cast<double>(half), [&](int64_t repeat) {
-    for (int64_t r = 0; r < repeat; ++r) {
-      for (int64_t at = 0; at < half; at += kBlock) {
-#pragma GCC unroll 8
-        for (int i = 0; i < kAtOnce; ++i) {
-          const int64_t offset = at + i * static_cast<int64_t>(sizeof(Vec));
-          store_bits(to + offset, load_bits<UVec>(from + offset));
-        }
-      }
-      keep(*to);
-    }
-  });
-}
+double copy_bandwidth(int64_t bytes) { return copy_rate<CachedStore>(bytes); }
+
+double streaming_bandwidth(int64_t bytes) { return copy_rate<StreamingStore>(bytes); }
 
 }  // namespace ft::FT_ISA

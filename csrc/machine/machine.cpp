@@ -40,5 +40,7 @@ PYBIND11_MODULE(_machine, m) {
         "Bytes a second that one core reads from a buffer of this size, again and again.");
   m.def("copy_bandwidth", &copy_bandwidth, py::arg("isa"), py::arg("bytes"), unlocked,
         "Bytes a second, read plus written, of one core that copies half of `bytes` to the other.");
+  m.def("streaming_bandwidth", &streaming_bandwidth, py::arg("isa"), py::arg("bytes"), unlocked,
+        "The same of a copy whose stores go past the caches, and need not read what they replace.");
   m.def("build_facts", &build_facts, "Compiler, flags and torch version of this build.");
 }

@@ -54,5 +54,8 @@ double read_bandwidth(const std::string& isa, int64_t bytes) {
 double copy_bandwidth(const std::string& isa, int64_t bytes) {
   return kernels(isa).copy_bandwidth(bytes);
 }
+double streaming_bandwidth(const std::string& isa, int64_t bytes) {
+  return kernels(isa).streaming_bandwidth(bytes);
+}
 
 }  // namespace ft::machine

@@ -5,6 +5,7 @@ its C++ operators, in this order of a call's travel.
 """
 
 from fast_transformer.ops.attention import attention, attention_varlen
+from fast_transformer.ops.decode import attention_decode
 from fast_transformer.ops.merge import merge_attention
 from fast_transformer.ops.mlp import linear_act, mlp
 from fast_transformer.ops.norm import add_norm, layer_norm
@@ -13,6 +14,7 @@ from fast_transformer.ops.relative import relative_attention, t5_buckets
 __all__ = [
     "add_norm",
     "attention",
+    "attention_decode",
     "attention_varlen",
     "layer_norm",
     "linear_act",

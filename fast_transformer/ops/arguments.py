@@ -90,16 +90,21 @@ def readable(x: Tensor) -> bool:
     )
 
 
-def integers(op: str, name: str, x: Tensor, size: int | None, model: Tensor) -> None:
-    """`x` is a 1-D int32 or int64 tensor, of `size` elements unless that is None."""
+def integer_tensor(op: str, name: str, x: Tensor, model: Tensor) -> None:
+    """`x` is an int32 or int64 tensor on the device of `model`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}.")
     if x.dtype not in _INTEGER:
         raise TypeError(f"{op}: {name} has dtype {short(x.dtype)}; accepted are int32 and int64.")
+    same_device(op, name, x, "query", model)
+
+
+def integers(op: str, name: str, x: Tensor, size: int | None, model: Tensor) -> None:
+    """`x` is a 1-D int32 or int64 tensor, of `size` elements unless that is None."""
+    integer_tensor(op, name, x, model)
     if x.dim() != 1 or (size is not None and x.shape[0] != size):
         asked = "one dimension" if size is None else f"({size},), one value per sequence"
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; it must have {asked}.")
-    same_device(op, name, x, "query", model)
 
 
 def positions(op: str, name: str, x: Tensor, batch: int, S: int, query: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ These functions check nothing: `fast_transformer.ops` does, before it calls them
 """
 
 from fast_transformer.reference.attention import attention, attention_varlen
+from fast_transformer.reference.decode import attention_decode
 from fast_transformer.reference.mlp import linear_act, mlp
 from fast_transformer.reference.norm import add_norm, layer_norm
 from fast_transformer.reference.relative import relative_attention
@@ -12,6 +13,7 @@ from fast_transformer.reference.relative import relative_attention
 __all__ = [
     "add_norm",
     "attention",
+    "attention_decode",
     "attention_varlen",
     "layer_norm",
     "linear_act",

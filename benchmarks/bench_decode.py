@@ -1,0 +1,54 @@
+"""attention_decode against SDPA, with its grouped heads and with repeated ones, and the formula."""
+
+import torch
+from torch.nn import functional as F
+
+from fast_transformer.benchmarks.contest import DTYPES, Contest, Entry
+from fast_transformer.ops import attention_decode
+from fast_transformer.testing import DecodeCase, cases
+
+SUITE = "decode"
+CASES = cases("decode", "bench")
+
+
+def contest(case: DecodeCase, dtype: str) -> Contest:
+    """Ours and PyTorch's on the same keys; for PyTorch a paged cache is put in order beforehand."""
+    inputs = case.inputs(DTYPES[dtype]) | {"return_lse": False}
+    dense = {"query": inputs["query"], "mask": None}
+    for name in ("key", "value"):
+        cache = inputs[f"{name}_cache"]
+        if case.block_size is not None:
+            cache = cache[inputs["block_table"]].transpose(1, 2).flatten(2, 3)
+        dense[name] = cache[:, :, : case.shape[4]]
+    T, S = case.shape[3], case.shape[4]
+    if T > 1:
+        dense["mask"] = torch.arange(S) <= torch.arange(T)[:, None] + S - T
+    peers = {name: Entry(f, dense, case.wrt) for name, f in PEERS.items()}
+    # every key and value is read once
+    moved = dense["key"].nbytes + dense["value"].nbytes
+    ours = Entry(attention_decode, inputs, case.wrt)
+    return Contest(case, dtype, ours, peers, "formula", bytes=(moved, 0), reads_alone=True)
+
+
+def grouped(query, key, value, mask):
+    """SDPA, which is told of the groups."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+
+
+def repeated(query, key, value, mask):
+    """SDPA on keys and values that are copied for every head of the group."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def formula(query, key, value, mask):
+    """Two products and a softmax, where the heads of a group are rows of one product."""
+    shape, kv_heads = query.shape, key.shape[1]
+    scores = query.reshape(shape[0], kv_heads, -1, shape[3]) @ key.mT * shape[3] ** -0.5
+    if mask is not None:
+        scores = scores.unflatten(2, (-1, shape[2])).masked_fill(~mask, -torch.inf).flatten(2, 3)
+    return (scores.softmax(-1) @ value).reshape(shape)
+
+
+PEERS = {"sdpa": grouped, "repeated": repeated, "formula": formula}

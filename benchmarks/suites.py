@@ -1,0 +1,89 @@
+"""What a suite measures, case by case."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fast_transformer import testing
+from fast_transformer.benchmarks import (
+    bench_attention,
+    bench_calls,
+    bench_decode,
+    bench_mlp,
+    bench_models,
+    bench_norm,
+    bench_relative,
+    roofline,
+)
+from fast_transformer.benchmarks.contest import STEPS, Result, compete, with_compiled
+from fast_transformer.timing import interleaved
+
+OPS = {
+    suite.SUITE: suite
+    for suite in (bench_attention, bench_relative, bench_decode, bench_norm, bench_mlp)
+}
+SUITES = (roofline.SUITE, *OPS, bench_calls.SUITE, bench_models.SUITE)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which part of the suites runs, and how often.
+
+    only: cases whose name contains this. full: those that take minutes too. quick: one of each
+    kind alone. rounds: interleaved measurements of each contender. compiled: torch.compile of the
+    plain code is a peer, and what cannot run without it.
+    """
+
+    only: str = ""
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    steps: tuple[str, ...] = STEPS
+    rounds: int = 5
+    compiled: bool = False
+    quick: bool = False
+    full: bool = False
+
+
+def results(suite: str, o: Options) -> Iterator[Result]:
+    """Run one suite against its peers."""
+    if suite in OPS:
+        yield from op_results(suite, o)
+    elif suite == bench_calls.SUITE:
+        for name, pair in bench_calls.pairs().items():
+            if o.only in name:
+                yield timed(suite, name, name.partition(",")[0], "fp32", pair, o.rounds)
+    else:
+        dtypes = [dtype for dtype in o.dtypes if dtype in bench_models.DTYPES]
+        for name, dtype, pair in bench_models.pairs(o.only, dtypes, o.quick):
+            kind = name.rpartition(" ")[2]  # inference or training
+            yield timed(suite, name, kind, dtype, pair, o.rounds)
+
+
+def op_results(suite: str, o: Options) -> Iterator[Result]:
+    """Every case of an op's suite at every dtype."""
+    for case in cases(suite, o):
+        for dtype in o.dtypes:
+            contest = OPS[suite].contest(case, dtype)
+            if o.compiled:
+                contest = with_compiled(contest)
+            yield from compete(suite, contest, o.rounds, o.steps)
+
+
+def cases(suite: str, o: Options) -> list[testing.Case]:
+    """The cases of an op's suite that are wanted."""
+    known = [*OPS[suite].CASES, *(getattr(OPS[suite], "LONG", []) if o.full else [])]
+    found = [case for case in known if o.only in case.name]
+    if not o.quick:
+        return found
+    kinds: dict[str, list[testing.Case]] = {}
+    for case in found:
+        kinds.setdefault(case.kind, []).append(case)
+    return [each[(len(each) - 1) // 2] for each in kinds.values()]
+
+
+def timed(
+    suite: str, name: str, kind: str, dtype: str, pair: bench_models.Pair | str, rounds: int
+) -> Result:
+    """Ours and PyTorch's side by side, or what is wrong with ours."""
+    if isinstance(pair, str):
+        return Result(suite, name, kind, dtype, "", wrong=pair)
+    calls = dict(zip(("ours", "pytorch"), pair, strict=True))
+    return Result(suite, name, kind, dtype, "", interleaved(calls, rounds, seconds=0.005))
