@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "positions_grad.h"
+#include "scores_grad.h"
 
 namespace ft::FT_ISA {
 namespace {
@@ -41,7 +42,7 @@ class Worker {
         padded_value_dim_(round_up(value_dim_, kWidth)),
         group_(p_.heads / p_.kv_heads),
         scores_of_(p_),
-        terms_(g.dbias || g.ddistance_bias || g.dsegment_scores || scores_of_.capped()),
+        terms_(g, scores_of_),
         power_(scores_of_.factor()),
         query_space_(round_up(longest.queries, kQueries)),
         query_room_(panels(dim_) * panel_size<D>(query_space_)),
@@ -291,6 +292,7 @@ class Worker {
     }
     const Vec subtracted = broadcast(delta), added = broadcast(grad_lse_[first + i]);
     Element *to_p = p_rows(r), *to_ds = ds_rows(r);
+    const bool looked_at = terms_.any();
     struct Pair {
       Vec p, ds;
     };
@@ -304,7 +306,7 @@ class Worker {
     for (; j + 2 * kWidth <= seen; j += 2 * kWidth) {
       const Pair a = make(j), b = make(j + kWidth);
       store_pair(to_p + j, a.p, b.p);
-      if (terms_) {
+      if (looked_at) {
         store_pair(dp + j, a.ds, b.ds);
       } else {
         store_pair(to_ds + j, a.ds, b.ds);
@@ -314,51 +316,20 @@ class Worker {
       const IVec tail = lanes_below(seen - j);
       const Pair a = make(j);
       store(to_p + j, select(tail, a.p, zero()));
-      if (terms_) {
+      if (looked_at) {
         store(dp + j, select(tail, a.ds, zero()));
       } else {
         store(to_ds + j, select(tail, a.ds, zero()));
       }
     }
-    if (terms_) {
+    if (looked_at) {
       for (j = 0; j < unseen; j += kWidth) store(to_ds + j, zero(), unseen - j);
-      add_terms(score_row, dp + unseen, to_ds + unseen);
+      terms_.add(score_row, dp + unseen, slopes_, to_ds + unseen);
       store(to_ds + seen, zero());  // whose vectors begin at `unseen`, those below at multiples
     }
     for (j = round_up(seen, kWidth); j < round_up(t.n, kWidth); j += kWidth) {
       store(to_p + j, zero());
       store(to_ds + j, zero());
-    }
-  }
-
-  // A row of dS goes to the gradients of what was added to its scores, and through softcap.
-  __attribute__((noinline)) void add_terms(const ScoreRow& r, const float* ds, Element* to) {
-    const auto add = [&](float* sum) {
-      for (int64_t j = 0; j < r.n; j += kWidth) {
-        store(sum + j, load(sum + j, r.n - j) + load(ds + j, r.n - j), r.n - j);
-      }
-    };
-    if (g_.dbias) {
-      add(mutable_row<float>(g_.dbias, r.s.index, r.head, r.i) + scores_of_.column(r));
-    }
-    if (g_.ddistance_bias) {
-      add(g_.ddistance_bias + r.head * p_.positions + scores_of_.position(r));
-    }
-    Vec same = zero(), other = zero();
-    for (int64_t j = 0; j < r.n; j += kWidth) {
-      Vec x = load(ds + j, r.n - j);
-      if (scores_of_.capped()) x = x * load(slopes_ + j);
-      if (g_.dsegment_scores) {
-        const IVec differs = scores_of_.differs(r, j);
-        other += select(differs, x, zero());
-        same += select(differs, zero(), x);
-      }
-      store(to + j, x);
-    }
-    if (g_.dsegment_scores) {
-      float* sums = g_.dsegment_scores + scores_of_.segment_index(r);
-      sums[0] += sum(same) * static_cast<float>(p_.scale);
-      sums[1] += sum(other) * static_cast<float>(p_.scale);
     }
   }
 
@@ -370,7 +341,7 @@ class Worker {
   const AttentionParams& p_;
   const int64_t dim_, value_dim_, depth_, value_depth_, padded_dim_, padded_value_dim_, group_;
   const Scores scores_of_;
-  const bool terms_;  // a row of dS is looked at beside its products
+  const ScoreGradients terms_;
   const Power<D::kPerLane == 2 ? 4 : 6> power_;
   const int64_t query_space_, query_room_, grad_room_;
   int64_t query_panel_ = 0;
