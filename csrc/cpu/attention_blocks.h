@@ -49,6 +49,18 @@ FT_INLINE const uint16_t* attention_draws(const AttentionParams& p, const Sequen
   return draw_row(p.dropout.seed, column, column + n, i, head, s.index, buffer);
 }
 
+// Rows of one head lie too far apart for the hardware to see the next ones coming. They are fetched
+// into L2, since L1 is full.
+template <typename T>
+void fetch_rows(const HeadsView& v, int64_t dim, int64_t batch, int64_t head, int64_t begin,
+                int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = begin; i < begin + count; ++i) {
+    const T* at = row<T>(v, batch, head, i);
+    for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(at + d, 0, 2);
+  }
+}
+
 template <typename T>
 FT_INLINE void store_zeros(T* dst, int64_t n) {
   for (int64_t d = 0; d < n; d += kWidth) store(dst + d, zero(), n - d);

@@ -199,6 +199,7 @@ class Worker {
         begin = i + count;
         continue;
       }
+      if (t.key == 0) fetch(t.s, t.head, t.q + i, count);
       float *p = floats(p_tile_, i), *dp = floats(ds_tile_, i);
       multiply_strip<D>(count, n, depth_, {query_rows_ + (first + i) * depth_, depth_, 1},
                         key_panels_, panel_size<D>(dim_), p, kTileLd, false);
@@ -225,6 +226,17 @@ class Worker {
                         panel_size<D>(t.n), dq_ + (first + i) * padded_dim_, padded_dim_, true);
     }
     position_grads_.add(p_, t.s, ds_rows(begin), kTileLd, t.q + begin, rows, t.key, t.n);
+  }
+  // With each strip, rows of its number are fetched of the head that follows.
+  void fetch(const Sequence& s, int64_t head, int64_t begin, int64_t count) const {
+    if (++head == p_.heads) return;
+    fetch_rows<T>(p_.query, dim_, s.batch, head, s.first_query + begin, count);
+    fetch_rows<T>(g_.grad_out, value_dim_, s.batch, head, s.first_query + begin, count);
+    fetch_rows<T>(p_.out, value_dim_, s.batch, head, s.first_query + begin, count);
+    if (head % group_ != 0) return;
+    count = std::min(count, s.kv_len - begin);
+    fetch_rows<T>(p_.key, dim_, s.batch, head / group_, s.first_key + begin, count);
+    fetch_rows<T>(p_.value, value_dim_, s.batch, head / group_, s.first_key + begin, count);
   }
   // Keys of the tile up to the last one that a row of the strip sees.
   static int64_t seen_by_strip(const Tile& t, int64_t i) {

@@ -71,25 +71,16 @@ class Worker {
     return std::sqrt(most);
   }
 
-  // Rows of one head lie too far apart for the hardware to see the next ones coming. So with each
-  // strip, rows of its number are fetched: of the output, and of the head that follows.
+  // With each strip, rows of its number are fetched: of the output, and of the head that follows.
   void fetch(const Sequence& s, int64_t head, int64_t begin, int64_t count) const {
-    fetch(p_.out, p_.value_dim, s.batch, head, s.first_query + begin, count);
+    fetch_rows<T>(p_.out, p_.value_dim, s.batch, head, s.first_query + begin, count);
     if (head + 1 == p_.heads) return;
-    fetch(p_.query, p_.head_dim, s.batch, head + 1, s.first_query + begin, count);
+    fetch_rows<T>(p_.query, p_.head_dim, s.batch, head + 1, s.first_query + begin, count);
     const int64_t next = (head + 1) / group_;
     if (next == head / group_) return;
     count = std::min(count, s.kv_len - begin);
-    fetch(p_.key, p_.head_dim, s.batch, next, s.first_key + begin, count);
-    fetch(p_.value, p_.value_dim, s.batch, next, s.first_key + begin, count);
-  }
-  static void fetch(const HeadsView& v, int64_t dim, int64_t batch, int64_t head, int64_t begin,
-                    int64_t count) {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    for (int64_t i = begin; i < begin + count; ++i) {
-      const T* at = row<T>(v, batch, head, i);
-      for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(at + d);
-    }
+    fetch_rows<T>(p_.key, p_.head_dim, s.batch, next, s.first_key + begin, count);
+    fetch_rows<T>(p_.value, p_.value_dim, s.batch, next, s.first_key + begin, count);
   }
 
   void rows(const Sequence& s, const KeyRange& range, int64_t head, int64_t q, int64_t count) {

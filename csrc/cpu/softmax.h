@@ -57,11 +57,12 @@ struct Quotient {
 // is taken to twice float's precision: its own rounding would bend all probabilities the same way.
 template <int kDegree>
 struct Power {
-  Vec factor, rest;
+  Vec factor, rest, least;
 
   explicit Power(double f)
       : factor(broadcast(static_cast<float>(f))),
-        rest(broadcast(static_cast<float>(f - static_cast<float>(f)))) {}
+        rest(broadcast(static_cast<float>(f - static_cast<float>(f)))),
+        least(broadcast(f < 0x1p-100 ? -0x1p126f : static_cast<float>(-127.0 / f))) {}
 
 #if defined(__AVX512F__)
   FT_INLINE Vec operator()(Vec d) const {
@@ -76,23 +77,23 @@ struct Power {
   }
 #else
   FT_INLINE Vec operator()(Vec d) const {
-    const Vec t = max(broadcast(-127.0f), d * factor);
-    const Vec shifted = t + kExp2Magic;
-    const Vec n = shifted - kExp2Magic;
-    Vec f;
-    if constexpr (kDegree == 4) {
-      f = t - n;
-    } else {
-      f = select(as<IVec>(t <= -127.0f), zero(), fma(d, rest, d * factor - n));
-    }
+    d = max(least, d);
+    const Vec shifted = fma(d, factor, broadcast(kExp2Magic));
+    Vec f = fma(d, factor, kExp2Magic - shifted);
+    if constexpr (kDegree > 4) f = fma(d, rest, f);
     return exp2_fraction<kDegree>(f) * as<Vec>(as<UVec>(shifted) << 23);
   }
 #endif
 };
 
-// 2^(factor * score) * kBoundedScale where no exponent is larger than kBound, so that nothing has
-// to be subtracted and nothing is lost. The constant leaves at most 1, as the largest score would.
+// 2^(factor * score) * kBoundedScale, rounded as `Power` rounds, which backward takes. No exponent is
+// larger than kBound, so that nothing has to be subtracted and nothing is lost. The constant leaves
+// at most 1, as the largest score would.
+#if defined(__FMA__) || defined(__aarch64__)
 inline constexpr double kBound = 32.0;
+#else  // without a fused multiply-add the exponent would be rounded, that of the largest score too
+inline constexpr double kBound = 0.0;
+#endif
 inline constexpr float kBoundedScale = 0x1p-32f;
 template <int kDegree>
 struct BoundedPower {
@@ -107,11 +108,11 @@ struct BoundedPower {
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     const auto t = (__m512)(score * factor);
     const Vec n = (Vec)_mm512_maskz_roundscale_ps(kAllLanes, t, kNearest);
+    Vec f = score * factor - n;
 #else
     const Vec shifted = fma(score, factor, broadcast(kExp2Magic));
-    const Vec n = shifted - kExp2Magic;
+    Vec f = fma(score, factor, kExp2Magic - shifted);
 #endif
-    Vec f = score * factor - n;
     if constexpr (kDegree > 4) f = fma(score, rest, f);
     const Vec p = exp2_fraction<kDegree>(f, kBoundedScale);
 #if defined(__AVX512F__)
