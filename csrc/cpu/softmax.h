@@ -86,9 +86,9 @@ struct Power {
 #endif
 };
 
-// 2^(factor * score) * kBoundedScale, rounded as `Power` rounds, which backward takes. No exponent is
-// larger than kBound, so that nothing has to be subtracted and nothing is lost. The constant leaves
-// at most 1, as the largest score would.
+// 2^(factor * score) * kBoundedScale, rounded as `Power` rounds, which backward takes. No exponent
+// is larger than kBound, so that nothing has to be subtracted and nothing is lost. The constant
+// leaves at most 1, as the largest score would.
 #if defined(__FMA__) || defined(__aarch64__)
 inline constexpr double kBound = 32.0;
 #else  // without a fused multiply-add the exponent would be rounded, that of the largest score too
