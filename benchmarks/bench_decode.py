@@ -12,22 +12,36 @@ CASES = cases("decode", "bench")
 
 
 def contest(case: DecodeCase, dtype: str) -> Contest:
-    """Ours and PyTorch's on the same keys; for PyTorch a paged cache is put in order beforehand."""
+    """Ours and PyTorch's on the same cache, whose pages PyTorch puts in order in each call."""
     inputs = case.inputs(DTYPES[dtype]) | {"return_lse": False}
-    dense = {"query": inputs["query"], "mask": None}
-    for name in ("key", "value"):
-        cache = inputs[f"{name}_cache"]
-        if case.block_size is not None:
-            cache = cache[inputs["block_table"]].transpose(1, 2).flatten(2, 3)
-        dense[name] = cache[:, :, : case.shape[4]]
     T, S = case.shape[3], case.shape[4]
+    dense = {"query": inputs["query"], "mask": None, "length": S}
+    dense |= {name: inputs[f"{name}_cache"] for name in ("key", "value")}
+    dense["table"] = inputs["block_table"] if case.block_size is not None else None
     if T > 1:
         dense["mask"] = torch.arange(S) <= torch.arange(T)[:, None] + S - T
-    peers = {name: Entry(f, dense, case.wrt) for name, f in PEERS.items()}
+    peers = {name: Entry(on_cache(f), dense, case.wrt) for name, f in PEERS.items()}
     # every key and value is read once
-    moved = dense["key"].nbytes + dense["value"].nbytes
+    key, value = (cached(dense[name], S, dense["table"]) for name in ("key", "value"))
     ours = Entry(attention_decode, inputs, case.wrt)
-    return Contest(case, dtype, ours, peers, "formula", bytes=(moved, 0), reads_alone=True)
+    moved = (key.nbytes + value.nbytes, 0)
+    return Contest(case, dtype, ours, peers, "formula", bytes=moved, reads_alone=True)
+
+
+def cached(cache, length, table):
+    """The keys or values that are there: (batch, kv_heads, length, head_dim)."""
+    if table is not None:
+        cache = cache[table].transpose(1, 2).flatten(2, 3)
+    return cache[:, :, :length]
+
+
+def on_cache(function):
+    """`function` of keys and values, on a cache."""
+
+    def call(query, key, value, length, table, mask):
+        return function(query, cached(key, length, table), cached(value, length, table), mask)
+
+    return call
 
 
 def grouped(query, key, value, mask):

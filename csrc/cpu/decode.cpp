@@ -14,6 +14,7 @@
 
 #include "decode_amx.h"
 #include "decode_scores.h"
+#include "decode_splits.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "softmax.h"
@@ -22,9 +23,6 @@
 namespace ft::FT_ISA {
 namespace {
 
-// Keys of a split. It depends on nothing, so a sequence is cut the same way in every batch. What a
-// split leaves behind is a row of Dv floats for each query row: 1/512 of what it has read.
-constexpr int64_t kSplit = 512;
 // Keys whose values are summed up at a time: they stay in L1 while all rows of queries and all
 // columns go over them, and a sum starts anew with each, which keeps its rounding error down.
 constexpr int64_t kChunk = 64;
@@ -33,54 +31,6 @@ static_assert(kSplit % kChunk == 0 && kChunk % (2 * kWidth) == 0);
 constexpr int64_t kAhead = 64;
 // Waking another thread takes about as long as to read this.
 constexpr int64_t kThreadBytes = int64_t{128} << 10;
-
-// The splits of all sequences, in a row: those of sequence b are numbers [first[b], first[b + 1])
-// times the key/value heads.
-class Splits {
- public:
-  Splits(const DecodeParams& p, int64_t* first) : p_(p), first_(first) {
-    first_[0] = 0;
-    // the order in which memory has them: rows of neighbouring heads, or of neighbouring keys
-    heads_first_ = p.key_cache.stride[1] < p.key_cache.stride[2];
-    for (int64_t b = 0; b < p.batch; ++b) {
-      const KeySpan range = touched(b);
-      const int64_t count = ceil_div(range.end, kSplit) - range.begin / kSplit;
-      first_[b + 1] = first_[b] + std::max<int64_t>(1, count);
-    }
-  }
-
-  struct Unit {
-    int64_t batch, kv_head, split;  // split: of the sequence, counted from its first key
-    int64_t slot;                   // where its part of the result belongs
-  };
-  Unit unit(int64_t number) const {
-    const int64_t* end = std::upper_bound(first_, first_ + p_.batch + 1, number / p_.kv_heads);
-    const int64_t b = end - first_ - 1, splits = count(b);
-    const int64_t within = number - first_[b] * p_.kv_heads;
-    const int64_t head = heads_first_ ? within % p_.kv_heads : within / splits;
-    const int64_t split = heads_first_ ? within / p_.kv_heads : within % splits;
-    return {b, head, touched(b).begin / kSplit + split, slot(b, head) + split};
-  }
-  int64_t units() const { return first_[p_.batch] * p_.kv_heads; }
-  int64_t count(int64_t b) const { return first_[b + 1] - first_[b]; }
-  int64_t slot(int64_t b, int64_t kv_head) const {
-    return first_[b] * p_.kv_heads + kv_head * count(b);
-  }
-  int64_t keys(int64_t b) const { return p_.lengths[b] + p_.new_len; }
-
- private:
-  // All keys that are read or written.
-  KeySpan touched(int64_t b) const {
-    KeySpan range = seen_by_any(p_, keys(b));
-    if (range.size() == 0) range = {keys(b), keys(b)};
-    if (p_.new_len == 0) return range;
-    return {std::min<int64_t>(range.begin, p_.lengths[b]), keys(b)};
-  }
-
-  const DecodeParams& p_;
-  int64_t* first_;
-  bool heads_first_;
-};
 
 // What the units leave behind where a sequence has several: for each slot and query row the sum of
 // the weighted values, and the state of its softmax.
@@ -107,10 +57,11 @@ void addresses(const DecodeParams& p, const HeadsView& cache, int64_t b, int64_t
   }
 }
 
-template <typename T>
+// kLocality: 3 is L1, 2 is L2.
+template <int kLocality, typename T>
 void fetch(const T* row, int64_t dim) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + d);
+  for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + d, 0, kLocality);
 }
 
 // A row of the result from the sum of its weighted values.
@@ -227,12 +178,22 @@ class Worker {
     weigh(count, sums);
   }
 
-  // Fetches rows [begin, end) of the keys and, after the last of them, of the values.
-  void fetch_ahead(int64_t begin, int64_t end, int64_t count) const {
-    if (!scattered_) return;
-    for (int64_t i = begin; i < std::min(end, count); ++i) fetch(keys_[i], p_.head_dim);
-    for (int64_t i = std::max(begin, count); i < std::min(end, 2 * count); ++i) {
-      fetch(values_[i - count], p_.value_dim);
+  // With row `done` of the keys, and then of the values, of which `n` are about to be read: fetches
+  // what comes after. Scattered rows need all of them fetched, kAhead rows before. Of rows that
+  // follow one another the hardware fetches the next; it does so for one stream of rows faster
+  // where the other is on its way: values while keys are read, then the keys of the next split.
+  void fetch_ahead(int64_t done, int64_t n, int64_t count) const {
+    if (scattered_) {
+      const int64_t begin = done + kAhead, end = begin + n;
+      for (int64_t i = begin; i < std::min(end, count); ++i) fetch<3>(keys_[i], p_.head_dim);
+      for (int64_t i = std::max(begin, count); i < std::min(end, 2 * count); ++i) {
+        fetch<3>(values_[i - count], p_.value_dim);
+      }
+      return;
+    }
+    for (int64_t i = done; i < std::min(done + n, count); ++i) fetch<2>(values_[i], p_.value_dim);
+    for (int64_t i = std::max(done, count); i < std::min(done + n, 2 * count); ++i) {
+      fetch<2>(keys_[i - count] + count * p_.head_dim, p_.head_dim);
     }
   }
 
@@ -247,7 +208,7 @@ class Worker {
       return;
     }
     for (int64_t j = 0; j < count; j += kWidth) {
-      fetch_ahead(j + kAhead, j + kAhead + kWidth, count);
+      fetch_ahead(j, kWidth, count);
       for_row_blocks(rows_, [&]<int kRows>(std::integral_constant<int, kRows>, int64_t r) {
         constexpr int kKeys = kWidth / kRows;
         for (int64_t k = j; k < j + kWidth; k += kKeys) {
@@ -293,7 +254,7 @@ class Worker {
     }
     const Lane* p = kInPlace ? reinterpret_cast<const Lane*>(products_) : probabilities_;
     for (int64_t j = 0; j < count; j += kChunk) {
-      fetch_ahead(count + j + kAhead, count + j + kAhead + kChunk, count);
+      fetch_ahead(count + j, kChunk, count);
       weigh_rows<D, T>(p + j / D::kPerLane, kLanes, rows_, lanes<D>(std::min(kChunk, count - j)),
                        values_ + j, p_.value_dim, sums, padded_dim_, j > 0);
     }
