@@ -8,8 +8,8 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 # What make bench times: roofline, attention, relative, decode, norm, mlp, calls, models or all of them.
 SUITE  ?= all
-# Which of its files make readme-bench takes: the newest run of the attention suite.
-RUN    ?= $(lastword $(sort $(wildcard fast-transformer-bench/attention-*.json)))
+# The files that make readme-bench takes: runs of the suites attention and decode.
+RUN    ?= $(wildcard benchmarks/results/*.json)
 # More options for pytest: make test PYTEST='-k attention -x'
 PYTEST ?=
 
@@ -31,7 +31,7 @@ demo: build $(VENV)/.demo ## a real sentence encoder before and after ft.acceler
 readme: demo ## write the demo's figures into the README
 	$(PY) benchmarks/readme.py fast-transformer-demo/figures.json
 
-readme-bench: build ## write the newest run of the attention suite into the README
+readme-bench: build ## write the runs in benchmarks/results into the README
 	$(PY) benchmarks/readme.py $(RUN)
 
 test: build $(VENV)/.test ## the whole correctness suite, as continuous integration runs it

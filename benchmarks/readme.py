@@ -1,6 +1,7 @@
 """Writes tables into README.md: `python benchmarks/readme.py FILE…`.
 
-A file is what the demo wrote, figures.json, or a run of the attention suite; it tells which itself.
+A file is what the demo wrote, figures.json, or a run of suites, of which attention and decode have
+a table each; it tells which itself.
 What stands between the markers is never edited by hand.
 """
 
@@ -23,15 +24,22 @@ ATTENTION_ROWS = {  # (kind, step) -> what a reader calls it
     ("gqa", "forward"): "heads that share keys and values",
     ("value-dim", "forward"): "values wider than keys",
     ("dropout", "forward"): "dropout",
-    ("decode", "forward"): "decoding",
-    ("decode-gqa", "forward"): "decoding, heads that share keys and values",
-    ("decode-tokens", "forward"): "decoding, several tokens at once",
-    ("decode-paged", "forward"): "decoding, paged cache",
     ("full", "backward"): "full, backward",
     ("causal", "backward"): "causal, backward",
+    ("varlen", "backward"): "packed sequences, backward",
+    ("dropout", "backward"): "dropout, backward",
     ("bias-gradient", "backward"): "mask with a gradient, backward",
 }
-ATTENTION_KINDS = {kind for kind, _ in ATTENTION_ROWS}
+DECODE_ROWS = {
+    ("decode", "forward"): "one token",
+    ("decode-gqa", "forward"): "one token, heads that share keys and values",
+    ("decode-tokens", "forward"): "several tokens at once",
+    ("decode-paged", "forward"): "paged cache",
+}
+TABLES = {  # the markers' name -> what is counted, and the rows
+    "bench-attention": ("attention", ATTENTION_ROWS),
+    "bench-decode": ("decoding on a cache", DECODE_ROWS),
+}
 
 
 def demo(figures: dict) -> str:
@@ -65,16 +73,22 @@ def demo(figures: dict) -> str:
     return "\n".join(lines)
 
 
-def attention(run: dict) -> str:
-    """The means of the attention suite in Markdown: a row a kind, a column a dtype."""
-    results = [r for r in run["results"] if r["kind"] in ATTENTION_KINDS]
+def of_rows(run: dict, rows: dict) -> list[dict]:
+    """What a run found of the kinds in `rows`."""
+    kinds = {kind for kind, _ in rows}
+    return [r for r in run.get("results", ()) if r["kind"] in kinds]
+
+
+def suite(run: dict, what: str, rows: dict) -> str:
+    """A suite's means in Markdown: a row a kind, a column a dtype."""
+    results = of_rows(run, rows)
     found = means(results)
     dtypes = list(dict.fromkeys(r["dtype"] for r in results))
     lines = [
-        f"| attention, times faster | {' | '.join(dtypes)} |",
+        f"| {what}, times faster | {' | '.join(dtypes)} |",
         f"|---|{'---:|' * len(dtypes)}",
     ]
-    for key, name in ATTENTION_ROWS.items():
+    for key, name in rows.items():
         if key in found:
             cells = " | ".join(mean(found[key].get(dtype)) for dtype in dtypes)
             lines.append(f"| {name} | {cells} |")
@@ -120,10 +134,12 @@ def main() -> None:
         figures = json.loads(Path(name).read_text())
         if "agreement" in figures:
             write("demo", demo(figures))
-        elif any(r["kind"] in ATTENTION_KINDS for r in figures.get("results", ())):
-            write("bench-attention", attention(figures))
-        else:
-            sys.exit(f"{name} holds neither the demo's figures nor a run of the attention suite.")
+            continue
+        found = {name: rows for name, (_, rows) in TABLES.items() if of_rows(figures, rows)}
+        if not found:
+            sys.exit(f"{name} holds neither the demo's figures nor a run of a suite with a table.")
+        for table, rows in found.items():
+            write(table, suite(figures, TABLES[table][0], rows))
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def test_one_distance_bias_for_all_heads(cpu):
 
 
 @pytest.mark.parametrize("term", ["positions", "distance"])
-def test_rows_that_no_pair_asks_for_are_never_read(backend, term):
+def test_rows_that_no_pair_asks_for_change_nothing(backend, term):
     """NaN there changes no bit, and gets no gradient."""
     T, S = 37, 70
     q, k, v = qkv(T=T, S=S, D=8)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "tensor.h"
 
@@ -161,6 +162,7 @@ void check_distances(const char* op, const AttentionParams& p) {
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t q_len = p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b] : p.q_len;
     const int64_t kv_len = p.cu_seqlens_k ? p.cu_seqlens_k[b + 1] - p.cu_seqlens_k[b] : p.kv_len;
+    if (q_len == 0 || kv_len == 0) continue;
     const int64_t offset = p.default_offset ? kv_len - q_len : p.causal_offset;
     int64_t first = 1 - q_len, last = kv_len - 1;
     if (p.window_left >= 0) first = std::max(first, offset - p.window_left);
@@ -287,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> atten
   Tensor dbias = need_dbias
                      ? zeros({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, float32)
                      : nothing(float32);
-  Tensor ddistance = distance_bias ? zeros({heads, p.positions}, float32) : nothing(float32);
+  Tensor ddistance = distance_bias ? empty({heads, p.positions}, float32) : nothing(float32);
   Tensor dsegments = segment_scores ? zeros({batch, heads, length, 2}, float32) : nothing(float32);
   Tensor dposition_query = position_query ? head_minor(query) : nothing(scalar_type(query));
   Tensor dposition_key = position_key ? head_minor(*position_key) : nothing(scalar_type(query));
@@ -302,14 +304,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> atten
   g.dq = heads_view(dq);
   g.dk = heads_view(dk);
   g.dv = heads_view(dv);
-  if (need_dbias) g.dbias = broadcast_view(dbias);
-  if (distance_bias) g.ddistance_bias = mutable_data<float>(ddistance);
+  std::vector<double> dbias_of_rows, ddistance_sums;
+  if (need_dbias && bias->size(2) == 1) {
+    g.dbias_of_rows = broadcast_view(dbias);
+    dbias_of_rows.resize(dbias.numel());
+    g.dbias_of_rows.data = dbias_of_rows.data();
+  } else if (need_dbias) {
+    g.dbias = broadcast_view(dbias);
+  }
+  if (distance_bias) {
+    ddistance_sums.resize(ddistance.numel());
+    g.ddistance_bias = ddistance_sums.data();
+  }
   if (segment_scores) g.dsegment_scores = mutable_data<float>(dsegments);
   if (position_query) {
     g.dposition_query = heads_view(dposition_query);
     g.dposition_key = heads_view(dposition_key);
   }
   kernels().attention_bwd(g, torch_threads());
+  std::copy(dbias_of_rows.begin(), dbias_of_rows.end(), mutable_data<float>(dbias));
+  std::copy(ddistance_sums.begin(), ddistance_sums.end(), mutable_data<float>(ddistance));
   return {dq, dk, dv, dbias, ddistance, dposition_query, dposition_key, dsegments};
 }
 

@@ -62,9 +62,11 @@ struct AttentionGradParams {
   HeadsView grad_out;               // (B, H, T, value_dim)
   const float* grad_lse = nullptr;  // (B, H, T)
   HeadsView dq, dk, dv;             // written
-  // The rest is added to, and zero before; absent where it is not wanted.
-  HeadsView dbias;                   // float32; stride 0 where bias is broadcast
-  float* ddistance_bias = nullptr;   // (H, positions)
+  // The rest is added to, and zero before; absent where it is not wanted. What sums over all rows
+  // of a sequence does so in double: as one float after another it would gather too much rounding.
+  HeadsView dbias;                   // float; stride 0 where bias is broadcast
+  HeadsView dbias_of_rows;           // double; instead, where bias is broadcast over rows
+  double* ddistance_bias = nullptr;  // (H, positions)
   float* dsegment_scores = nullptr;  // (B, H, T, 2)
   HeadsView dposition_query;         // (B, H, T, D), written
   HeadsView dposition_key;           // (1, H, positions, D), written

@@ -374,9 +374,10 @@ template <typename T>
 void differentiate(const AttentionGradParams& g, const Parallel& parallel) {
   const AttentionParams& p = g.forward;
   const Longest longest(p);
+  const HeadsView& dbias = g.dbias_of_rows ? g.dbias_of_rows : g.dbias;
   const bool over_batch =
-      p.batch > 1 && ((g.dbias && g.dbias.stride[0] == 0) || g.ddistance_bias || g.dposition_key);
-  const bool over_heads = p.heads > 1 && g.dbias && g.dbias.stride[1] == 0;
+      p.batch > 1 && ((dbias && dbias.stride[0] == 0) || g.ddistance_bias || g.dposition_key);
+  const bool over_heads = p.heads > 1 && dbias && dbias.stride[1] == 0;
   const int64_t batch_each = over_batch ? p.batch : 1, heads_each = over_heads ? p.kv_heads : 1;
   const int64_t groups = p.kv_heads / heads_each;
   for_units(parallel, p.batch / batch_each * groups, [&](Units& units) {

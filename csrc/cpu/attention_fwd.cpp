@@ -16,6 +16,7 @@ class Worker {
       : p_(p),
         group_(p.heads / p.kv_heads),
         block_(p),
+        may_be_bounded_(block_.scores.plain() && !p.dropout.active()),
         scratch_(ScratchSize::of([&](auto& size) { block_.take_all(size, longest); })) {
     block_.take_all(scratch_, longest);
   }
@@ -52,23 +53,55 @@ class Worker {
     pack_natural<D>(row<T>(p_.value, s.batch, head, first), p_.value.stride[2], p_.value_dim,
                     std::min(s.kv_len - packed_.begin, round_up(keys, D::kPerLane)), block_.values);
     // of all keys, so that it does not depend on pieces either
-    if (block_.scores.plain()) {
-      key_norm_ =
-          largest_norm(row<T>(p_.key, s.batch, head, s.first_key), p_.key.stride[2], s.kv_len);
+    if (may_be_bounded_) {
+      key_norm_ = largest_norm(p_.key, p_.head_dim, s.batch, head, s.first_key, s.kv_len);
+      value_size_ = largest_value(s, head);
     }
   }
-  float largest_norm(const T* rows, int64_t ld, int64_t count) const {
+  // At least the largest norm of the rows; NaN or infinite where one of them is.
+  static float largest_norm(const HeadsView& v, int64_t dim, int64_t batch, int64_t head,
+                            int64_t begin, int64_t count) {
     float most = 0.0f;
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = begin; i < begin + count; ++i) {
+      const T* x = row<T>(v, batch, head, i);
       Vec total = zero();
-      for (int64_t d = 0; d < p_.head_dim; d += kWidth) {
-        const Vec x = load(rows + i * ld + d, p_.head_dim - d);
-        total = fma(x, x, total);
+      for (int64_t d = 0; d < dim; d += kWidth) {
+        const Vec part = load(x + d, dim - d);
+        total = fma(part, part, total);
       }
       const float square = sum(total);
-      if (!(square <= most)) most = square;  // a NaN stays
+      if (square > most || square != square) most = square;  // a NaN stays
     }
-    return std::sqrt(most);
+    constexpr float kVanished = 0x1p-62f;  // what has a square that is 0 is smaller
+    return std::sqrt(most) + kVanished * std::sqrt(static_cast<float>(dim));
+  }
+  // The largest of a head's values, NaN where one of them is: as integers the magnitudes of floats
+  // are in the order of their size, with infinity and then NaN behind all others.
+  float largest_value(const Sequence& s, int64_t head) const {
+    IVec most[2] = {};
+    for (int64_t j = 0; j < s.kv_len; ++j) {
+      const T* v = row<T>(p_.value, s.batch, head, s.first_key + j);
+      for (int64_t d = 0; d < p_.value_dim; d += kWidth) {
+        const IVec x = as<IVec>(abs(load(v + d, p_.value_dim - d)));
+        IVec& top = most[d / kWidth % 2];
+        top = x > top ? x : top;
+      }
+    }
+    int32_t largest = 0;
+    for (const IVec& top : most) {
+      for (int i = 0; i < kWidth; ++i) largest = std::max<int32_t>(largest, top[i]);
+    }
+    float value;
+    std::memcpy(&value, &largest, sizeof(value));
+    return value;
+  }
+  // Whether no score of these rows is large, by Cauchy and Schwarz: |q . k| <= |q| |k|.
+  bool bounded(const Sequence& s, int64_t head, int64_t q, int64_t count) const {
+    if (!may_be_bounded_ || !(value_size_ >= kLeastValue && value_size_ <= kMostValue))
+      return false;
+    const float norm = largest_norm(p_.query, p_.head_dim, s.batch, head, s.first_query + q, count);
+    constexpr double kRounding = 1.001;
+    return norm * kRounding * key_norm_ * block_.factor < kBound;
   }
 
   // With each strip, rows of its number are fetched: of the output, and of the head that follows.
@@ -87,10 +120,7 @@ class Worker {
     const T* query = row<T>(p_.query, s.batch, head, s.first_query + q);
     pack_rows<D>(query, p_.query.stride[2], count, p_.head_dim, block_.queries, block_.depth);
     block_.positions.pack_queries(p_, s, head, q, count);
-    // |score| <= |query| |key|, by Cauchy and Schwarz
-    const bool bounded =
-        block_.scores.plain() && !p_.dropout.active() &&
-        largest_norm(query, p_.query.stride[2], count) * key_norm_ * block_.factor * 1.001 < kBound;
+    const bool bounded = this->bounded(s, head, q, count);
     if (bounded) {
       std::fill_n(block_.totals, count, zero());
       attend(BoundedStrips<T>(block_, s, range, head, q), s, range, head, q, count);
@@ -142,8 +172,9 @@ class Worker {
   const AttentionParams& p_;
   const int64_t group_;
   ForwardBlock<T> block_;
+  const bool may_be_bounded_;
   Packed packed_;
-  float key_norm_ = 0.0f;
+  float key_norm_ = 0.0f, value_size_ = 0.0f;
   Scratch scratch_;
   MatrixUnit matrix_unit_;
 };

@@ -178,6 +178,8 @@ class BoundedStrips {
 
   void meet(const Strip& strip) {
     const int64_t first = q_ + strip.row, last = first + strip.count - 1;
+    Vec totals[D::kTileRows];  // of this block, so that no sum is one long chain
+    for (int64_t r = 0; r < strip.count; ++r) totals[r] = zero();
     for (int64_t column = 0; column < strip.n; column += kTileCols) {
       const int64_t n = std::min<int64_t>(kTileCols, strip.n - column), key = strip.key + column;
       float* scores = Block::kInPlace ? b_.rows + column : b_.panel_scores;
@@ -186,16 +188,16 @@ class BoundedStrips {
       if (range_.begin(last) <= key && range_.end(first) >= key + kTileCols) {
         for (int64_t r = 0; r < strip.count; ++r) {
           whole(scores + r * ld, Block::probabilities(b_.rows + r * b_.scores_ld) + column,
-                b_.totals[strip.row + r]);
+                totals[r]);
         }
       } else {
         for (int64_t r = 0; r < strip.count; ++r) {
           part(scores + r * ld, Block::probabilities(b_.rows + r * b_.scores_ld) + column,
-               b_.totals[strip.row + r], range_.begin(first + r) - key, range_.end(first + r) - key,
-               n);
+               totals[r], range_.begin(first + r) - key, range_.end(first + r) - key, n);
         }
       }
     }
+    for (int64_t r = 0; r < strip.count; ++r) b_.totals[strip.row + r] += totals[r];
     b_.multiply_values(strip);
   }
 

@@ -11,7 +11,8 @@ class ScoreGradients {
 
   // Whether a row of dS is looked at beside its products.
   bool any() const {
-    return g_.dbias || g_.ddistance_bias || g_.dsegment_scores || scores_.capped();
+    return g_.dbias || g_.dbias_of_rows || g_.ddistance_bias || g_.dsegment_scores ||
+           scores_.capped();
   }
   // Adds a row of dS to the sums that are wanted, and writes its gradient of the products `to`.
   // slopes: softcap's derivative, from `Scores::apply`.
@@ -20,6 +21,9 @@ class ScoreGradients {
                                      Element* to) const {
     if (g_.dbias) {
       add(ds, r.n, mutable_row<float>(g_.dbias, r.s.index, r.head, r.i) + scores_.column(r));
+    }
+    if (g_.dbias_of_rows) {
+      add(ds, r.n, mutable_row<double>(g_.dbias_of_rows, r.s.index, r.head, 0) + scores_.column(r));
     }
     if (g_.ddistance_bias) {
       add(ds, r.n, g_.ddistance_bias + r.head * g_.forward.positions + scores_.position(r));
@@ -43,6 +47,9 @@ class ScoreGradients {
   }
 
  private:
+  static void add(const float* ds, int64_t n, double* sum) {
+    for (int64_t j = 0; j < n; ++j) sum[j] += ds[j];
+  }
   static void add(const float* ds, int64_t n, float* sum) {
     for (int64_t j = 0; j < n; j += kWidth) {
       store(sum + j, load(sum + j, n - j) + load(ds + j, n - j), n - j);

@@ -53,8 +53,9 @@ struct Quotient {
   }
 };
 
-// 2^(factor * d) for d <= 0, -inf included; 0 below 2^-126. Where degree 6 is asked for, the factor
-// is taken to twice float's precision: its own rounding would bend all probabilities the same way.
+// 2^(factor * d) for exponents up to kBound, -inf included; 0 below 2^-126. Where degree 6 is asked
+// for, the factor is taken to twice float's precision: its own rounding would bend all
+// probabilities the same way.
 template <int kDegree>
 struct Power {
   Vec factor, rest, least;
@@ -87,14 +88,15 @@ struct Power {
 };
 
 // 2^(factor * score) * kBoundedScale, rounded as `Power` rounds, which backward takes. No exponent
-// is larger than kBound, so that nothing has to be subtracted and nothing is lost. The constant
-// leaves at most 1, as the largest score would.
+// is larger than kBound, so that nothing has to be subtracted. Probabilities are then 2^-48 to
+// 2^16, which leaves room for values from kLeastValue to kMostValue in their sums.
 #if defined(__FMA__) || defined(__aarch64__)
 inline constexpr double kBound = 32.0;
 #else  // without a fused multiply-add the exponent would be rounded, that of the largest score too
 inline constexpr double kBound = 0.0;
 #endif
-inline constexpr float kBoundedScale = 0x1p-32f;
+inline constexpr float kBoundedScale = 0x1p-16f;
+inline constexpr float kLeastValue = 0x1p-40f, kMostValue = 0x1p60f;
 template <int kDegree>
 struct BoundedPower {
   Vec factor, rest;

@@ -116,7 +116,7 @@ def positions(op: str, name: str, x: Tensor, batch: int, S: int, query: Tensor) 
                 raise ValueError(
                     f"{op}: {name}[{b}] is {value}; key has length {S}, so it must lie in [0, {S}]."
                 )
-    return x.to(torch.int32)
+    return x.to(torch.int32).contiguous()
 
 
 def offsets(op: str, name: str, x: Tensor, tokens: int, longest: int, query: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def offsets(op: str, name: str, x: Tensor, tokens: int, longest: int, query: Ten
             raise ValueError(
                 f"{op}: {name} ends at {values[-1]}; it must end at {tokens}, the tokens packed."
             )
-    return x.to(torch.int32)
+    return x.to(torch.int32).contiguous()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

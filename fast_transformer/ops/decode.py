@@ -204,8 +204,8 @@ def _check_room(query, key_cache, cache_lengths, block_table, new_length):
         if block_table is not None and arguments.readable(block_table):
             _check_blocks(block_table, lengths, new_length, block_size, blocks)
     if block_table is not None:
-        block_table = block_table.to(torch.int32)
-    return cache_lengths.to(torch.int32), block_table
+        block_table = block_table.to(torch.int32).contiguous()
+    return cache_lengths.to(torch.int32).contiguous(), block_table
 
 
 def _check_blocks(block_table, lengths, new_length, block_size, blocks):
