@@ -99,8 +99,8 @@ class Adapter(nn.Module):
     def __init__(self, inner):
         super().__init__()
         self.inner = inner
-        self.down = nn.Parameter(torch.linspace(-1, 2, 2 * inner.in_features).view(2, -1))
-        self.up = nn.Parameter(torch.linspace(-1, 2, 2 * inner.out_features).view(-1, 2))
+        self.down = nn.Parameter(torch.linspace(-0.1, 0.2, 2 * inner.in_features).view(2, -1))
+        self.up = nn.Parameter(torch.linspace(-0.1, 0.2, 2 * inner.out_features).view(-1, 2))
 
     def forward(self, x):
         return self.inner(x) + x @ self.down.T @ self.up.T

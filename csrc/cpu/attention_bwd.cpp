@@ -297,7 +297,7 @@ class Worker {
         const IVec tail = lanes_below(seen - j);
         const Vec of_p = probability(j);
         store(p + j, of_p);
-        total += select(tail, of_p * gradient(j), zero());
+        total = fma(select(tail, of_p, zero()), select(tail, gradient(j), zero()), total);
       }
       delta = sum(total);
       made = true;
