@@ -24,14 +24,6 @@ struct Options {
   double dropout_p;
 };
 
-void check_heads(const char* op, const char* name, const Tensor& t, int64_t batch, int64_t heads,
-                 int64_t length, int64_t dim, const Tensor& query) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batch && t.size(1) == heads && t.size(2) == length &&
-                      t.size(3) == dim && scalar_type(t) == scalar_type(query),
-                  op, ": ", name, " must be (", batch, ", ", heads, ", ", length, ", ", dim,
-                  ") of query's dtype");
-}
-
 // A contiguous tensor of the given type and shape, as its address; null where there is none.
 template <typename T>
 const T* elements(const char* op, const char* name, const OptionalTensor& t, int32_t type,
@@ -114,13 +106,7 @@ void set_bias(const char* op, AttentionParams& p, const Options& options, const 
     p.bias = broadcast_view(bias);
     p.bias_dtype = dtype(bias);
   }
-  if (options.alibi_slopes) {
-    const int64_t rows = options.alibi_slopes->dim() == 2 ? options.alibi_slopes->size(0) : 0;
-    STD_TORCH_CHECK(rows == 1 || rows == p.batch, op, ": alibi_slopes must be (batch or 1, heads)");
-    p.alibi_slopes = elements<float>(op, "alibi_slopes", options.alibi_slopes,
-                                     aoti_torch_dtype_float32(), {rows, p.heads});
-    p.alibi_stride = rows == 1 ? 0 : p.heads;
-  }
+  set_alibi(op, p, options.alibi_slopes);
 }
 
 void set_relative(const char* op, AttentionParams& p, const Options& options, const Tensor& query) {
@@ -191,11 +177,9 @@ AttentionParams params(const char* op, const Tensor& query, const Tensor& key, c
   STD_TORCH_CHECK(p.head_dim >= 1 && p.value_dim >= 1, op, ": head_dim must be at least 1");
   STD_TORCH_CHECK(p.heads == 0 ? p.kv_heads == 0 : p.kv_heads > 0 && p.heads % p.kv_heads == 0, op,
                   ": key has ", p.kv_heads, " heads, which must divide query's ", p.heads);
-  check_heads(op, "key", key, p.batch, p.kv_heads, p.kv_len, p.head_dim, query);
-  check_heads(op, "value", value, p.batch, p.kv_heads, p.kv_len, p.value_dim, query);
   p.query = heads_view(query);
-  p.key = heads_view(key);
-  p.value = heads_view(value);
+  p.key = heads_view(op, "key", key, p.batch, p.kv_heads, p.kv_len, p.head_dim, query);
+  p.value = heads_view(op, "value", value, p.batch, p.kv_heads, p.kv_len, p.value_dim, query);
   p.scale = options.scale;
   p.softcap = options.softcap;
   p.causal = options.causal;

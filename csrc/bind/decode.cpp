@@ -20,17 +20,6 @@ const int32_t* integers(const char* name, const Tensor& t, int64_t dims, int64_t
   return static_cast<const int32_t*>(t.const_data_ptr());
 }
 
-// (batch, heads, length, head_dim) of query's dtype; -1 stands for any length.
-HeadsView view(const char* name, const Tensor& t, int64_t batch, int64_t heads, int64_t length,
-               int64_t head_dim, const Tensor& query) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batch && t.size(1) == heads &&
-                      (length < 0 || t.size(2) == length) && t.size(3) == head_dim &&
-                      scalar_type(t) == scalar_type(query),
-                  kOp, ": ", name, " must be (", batch, ", ", heads, ", ",
-                  length < 0 ? t.size(2) : length, ", ", head_dim, ") of query's dtype");
-  return heads_view(t);
-}
-
 std::tuple<Tensor, Tensor> attention_decode(Tensor query, Tensor key_cache, Tensor value_cache,
                                             Tensor cache_lengths, OptionalTensor new_key,
                                             OptionalTensor new_value, OptionalTensor block_table,
@@ -56,15 +45,18 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor query, Tensor key_cache, Tens
   STD_TORCH_CHECK(block_table || blocks == p.batch, kOp, ": key_cache must have ", p.batch,
                   " sequences");
   p.query = heads_view(query);
-  p.key_cache = view("key_cache", key_cache, blocks, p.kv_heads, p.block_size, p.head_dim, query);
-  p.value_cache =
-      view("value_cache", value_cache, blocks, p.kv_heads, p.block_size, p.value_dim, query);
+  p.key_cache =
+      heads_view(kOp, "key_cache", key_cache, blocks, p.kv_heads, p.block_size, p.head_dim, query);
+  p.value_cache = heads_view(kOp, "value_cache", value_cache, blocks, p.kv_heads, p.block_size,
+                             p.value_dim, query);
   STD_TORCH_CHECK(new_key.has_value() == new_value.has_value(), kOp,
                   ": new_key and new_value come together");
   if (new_key) {
     p.new_len = new_key->dim() == 4 ? new_key->size(2) : 0;
-    p.new_key = view("new_key", *new_key, p.batch, p.kv_heads, p.new_len, p.head_dim, query);
-    p.new_value = view("new_value", *new_value, p.batch, p.kv_heads, p.new_len, p.value_dim, query);
+    p.new_key =
+        heads_view(kOp, "new_key", *new_key, p.batch, p.kv_heads, p.new_len, p.head_dim, query);
+    p.new_value = heads_view(kOp, "new_value", *new_value, p.batch, p.kv_heads, p.new_len,
+                             p.value_dim, query);
   }
 
   int64_t room = p.block_size;
@@ -86,15 +78,7 @@ std::tuple<Tensor, Tensor> attention_decode(Tensor query, Tensor key_cache, Tens
     }
   }
 
-  if (alibi_slopes) {
-    const int64_t dims = alibi_slopes->dim();
-    STD_TORCH_CHECK((dims == 1 || (dims == 2 && alibi_slopes->size(0) == p.batch)) &&
-                        alibi_slopes->size(dims - 1) == p.heads && alibi_slopes->is_contiguous() &&
-                        dtype(*alibi_slopes) == DType::kFloat32,
-                    kOp, ": alibi_slopes must be (heads,) or (batch, heads), contiguous float32");
-    p.alibi_slopes = static_cast<const float*>(alibi_slopes->const_data_ptr());
-    p.alibi_stride = dims == 2 ? p.heads : 0;
-  }
+  set_alibi(kOp, p, alibi_slopes);
   p.scale = scale;
   p.causal = causal;
   p.window_left = window_left;

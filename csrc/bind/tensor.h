@@ -86,6 +86,35 @@ inline HeadsView heads_view(const Tensor& t) {
   return {t.const_data_ptr(), {t.stride(0), t.stride(1), t.stride(2)}};
 }
 
+// (batch, heads, length, dim) of query's dtype.
+inline void check_heads(const char* op, const char* name, const Tensor& t, int64_t batch,
+                        int64_t heads, int64_t length, int64_t dim, const Tensor& query) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batch && t.size(1) == heads && t.size(2) == length &&
+                      t.size(3) == dim && scalar_type(t) == scalar_type(query),
+                  op, ": ", name, " must be (", batch, ", ", heads, ", ", length, ", ", dim,
+                  ") of query's dtype");
+}
+
+// The same, as a kernel sees it.
+inline HeadsView heads_view(const char* op, const char* name, const Tensor& t, int64_t batch,
+                            int64_t heads, int64_t length, int64_t dim, const Tensor& query) {
+  check_heads(op, name, t, batch, heads, length, dim, query);
+  return heads_view(t);
+}
+
+// Slopes, (heads,) or (batch or 1, heads), into the parameters of attention or of decode.
+template <typename Params>
+void set_alibi(const char* op, Params& p, const OptionalTensor& slopes) {
+  if (!slopes) return;
+  const int64_t dims = slopes->dim(), rows = dims == 2 ? slopes->size(0) : 1;
+  STD_TORCH_CHECK((dims == 1 || dims == 2) && (rows == 1 || rows == p.batch) &&
+                      slopes->size(dims - 1) == p.heads && slopes->is_contiguous() &&
+                      dtype(*slopes) == DType::kFloat32,
+                  op, ": alibi_slopes must be (heads,) or (batch or 1, heads), contiguous float32");
+  p.alibi_slopes = static_cast<const float*>(slopes->const_data_ptr());
+  p.alibi_stride = rows == 1 ? 0 : p.heads;
+}
+
 inline int64_t row_count(const Tensor& t) {
   const int64_t channels = t.size(t.dim() - 1);
   int64_t rows = 1;

@@ -61,9 +61,25 @@ void fetch_rows(const HeadsView& v, int64_t dim, int64_t batch, int64_t head, in
   }
 }
 
+// Rows of that number of a head's query, and with the first head of a group of its key and value.
+template <typename T>
+void fetch_inputs(const AttentionParams& p, const Sequence& s, int64_t head, int64_t begin,
+                  int64_t count) {
+  fetch_rows<T>(p.query, p.head_dim, s.batch, head, s.first_query + begin, count);
+  const int64_t group = p.heads / p.kv_heads;
+  if (head % group != 0) return;
+  count = std::min(count, s.kv_len - begin);
+  fetch_rows<T>(p.key, p.head_dim, s.batch, head / group, s.first_key + begin, count);
+  fetch_rows<T>(p.value, p.value_dim, s.batch, head / group, s.first_key + begin, count);
+}
+
 template <typename T>
 FT_INLINE void store_zeros(T* dst, int64_t n) {
   for (int64_t d = 0; d < n; d += kWidth) store(dst + d, zero(), n - d);
+}
+template <typename T>
+FT_INLINE void store_scaled(T* dst, const float* src, int64_t n, float factor) {
+  for (int64_t d = 0; d < n; d += kWidth) store(dst + d, load(src + d) * factor, n - d);
 }
 FT_INLINE void scale_row(float* x, int64_t n, float factor) {
   for (int64_t d = 0; d < n; d += kWidth) store(x + d, load(x + d) * factor);

@@ -22,8 +22,8 @@ template <typename T>
 class Worker {
   using D = Dot<T>;
   using Lane = typename D::Lane;
-  static constexpr bool kInPlace = D::kPerLane == 1;       // floats are lanes as they stand
-  using Element = std::conditional_t<kInPlace, float, T>;  // of P and dS, as products read them
+  static constexpr bool kInPlace = D::kPerLane == 1;  // floats are lanes as they stand
+  using Element = Operand<T>;                         // of P and dS
   static constexpr int64_t kKeys = BackwardBlocks<D>::kKeys;
   static constexpr int64_t kQueries = BackwardBlocks<D>::kQueries;
   // floats of P and dS are kept where they are lanes; else those of one strip at a time
@@ -230,13 +230,9 @@ class Worker {
   // With each strip, rows of its number are fetched of the head that follows.
   void fetch(const Sequence& s, int64_t head, int64_t begin, int64_t count) const {
     if (++head == p_.heads) return;
-    fetch_rows<T>(p_.query, dim_, s.batch, head, s.first_query + begin, count);
+    fetch_inputs<T>(p_, s, head, begin, count);
     fetch_rows<T>(g_.grad_out, value_dim_, s.batch, head, s.first_query + begin, count);
     fetch_rows<T>(p_.out, value_dim_, s.batch, head, s.first_query + begin, count);
-    if (head % group_ != 0) return;
-    count = std::min(count, s.kv_len - begin);
-    fetch_rows<T>(p_.key, dim_, s.batch, head / group_, s.first_key + begin, count);
-    fetch_rows<T>(p_.value, value_dim_, s.batch, head / group_, s.first_key + begin, count);
   }
   // Keys of the tile up to the last one that a row of the strip sees.
   static int64_t seen_by_strip(const Tile& t, int64_t i) {
@@ -345,16 +341,12 @@ class Worker {
     }
   }
 
-  static FT_INLINE void store_scaled(T* dst, const float* src, int64_t n, float factor) {
-    for (int64_t d = 0; d < n; d += kWidth) store(dst + d, load(src + d) * factor, n - d);
-  }
-
   const AttentionGradParams& g_;
   const AttentionParams& p_;
   const int64_t dim_, value_dim_, depth_, value_depth_, padded_dim_, padded_value_dim_, group_;
   const Scores scores_of_;
   const ScoreGradients terms_;
-  const Power<D::kPerLane == 2 ? 4 : 6> power_;
+  const Power<kPowerDegree<D>> power_;
   const int64_t query_space_, query_room_, grad_room_;
   int64_t query_panel_ = 0;
   PositionScores<T> positions_;

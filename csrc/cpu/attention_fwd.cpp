@@ -107,13 +107,7 @@ class Worker {
   // With each strip, rows of its number are fetched: of the output, and of the head that follows.
   void fetch(const Sequence& s, int64_t head, int64_t begin, int64_t count) const {
     fetch_rows<T>(p_.out, p_.value_dim, s.batch, head, s.first_query + begin, count);
-    if (head + 1 == p_.heads) return;
-    fetch_rows<T>(p_.query, p_.head_dim, s.batch, head + 1, s.first_query + begin, count);
-    const int64_t next = (head + 1) / group_;
-    if (next == head / group_) return;
-    count = std::min(count, s.kv_len - begin);
-    fetch_rows<T>(p_.key, p_.head_dim, s.batch, next, s.first_key + begin, count);
-    fetch_rows<T>(p_.value, p_.value_dim, s.batch, next, s.first_key + begin, count);
+    if (head + 1 < p_.heads) fetch_inputs<T>(p_, s, head + 1, begin, count);
   }
 
   void rows(const Sequence& s, const KeyRange& range, int64_t head, int64_t q, int64_t count) {

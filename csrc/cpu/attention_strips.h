@@ -24,8 +24,7 @@ struct ForwardBlock {
   using D = Dot<T>;
   using Lane = typename D::Lane;
   static constexpr bool kInPlace = D::kPerLane == 1;  // probabilities are lanes as they stand
-  using Probability = std::conditional_t<kInPlace, float, T>;
-  static constexpr int kDegree = D::kPerLane == 2 ? 4 : 6;
+  using Probability = Operand<T>;
 
   ForwardBlock(const AttentionParams& p)
       : p(p),
@@ -77,8 +76,8 @@ struct ForwardBlock {
   static constexpr int64_t kPanelLd = kTileCols + kWidth;
   const Scores scores;
   const double factor;
-  const Power<kDegree> power;
-  const BoundedPower<kDegree> bounded_power;
+  const Power<kPowerDegree<D>> power;
+  const BoundedPower<kPowerDegree<D>> bounded_power;
   PositionScores<T> positions;
 
   int64_t first_key = 0, value_panel = 0;  // of what is packed

@@ -83,7 +83,7 @@ class Worker {
   using D = Dot<T>;
   using Lane = typename D::Lane;
   static constexpr bool kInPlace = D::kPerLane == 1;  // probabilities are lanes as they stand
-  using Probability = std::conditional_t<kInPlace, float, T>;
+  using Probability = Operand<T>;
 
  public:
   Worker(const DecodeParams& p, const Splits& splits, const Parts& parts)
@@ -270,7 +270,7 @@ class Worker {
   const int64_t group_, rows_, depth_, padded_dim_;
   const bool scattered_, in_unit_;
   const DecodeScores scores_;
-  const Power<D::kPerLane == 2 ? 4 : 6> power_;
+  const Power<kPowerDegree<D>> power_;
   Scratch scratch_;
   Lane *queries_, *probabilities_;
   float *products_, *sums_;

@@ -59,6 +59,11 @@ struct DotFor<bf16> {
 template <typename T>
 using Dot = typename DotFor<T>::type;
 
+// What a product reads of floats that a kernel has made, as probabilities: the floats themselves
+// where they are lanes, else the storage type.
+template <typename T>
+using Operand = std::conditional_t<Dot<T>::kPerLane == 1, float, T>;
+
 inline constexpr int kMostTileRows = std::max(FloatDot::kTileRows, Dot<bf16>::kTileRows);
 
 #if defined(__AVX512F__) || defined(__aarch64__)

@@ -34,7 +34,7 @@ template <typename T>
 class PositionGradients {
   using D = Dot<T>;
   using Lane = typename D::Lane;
-  using Element = std::conditional_t<D::kPerLane == 1, float, T>;  // of a tile, as products read it
+  using Element = Operand<T>;  // of a tile
 
  public:
   template <typename From>
@@ -62,7 +62,8 @@ class PositionGradients {
     const AttentionParams& p = g.forward;
     if (!p.position_query) return;
     for (int64_t r = 0; r < p.positions; ++r) {
-      store_scaled(mutable_row<T>(g.dposition_key, 0, head, r), total_ + r * padded_dim_, p);
+      store_scaled(mutable_row<T>(g.dposition_key, 0, head, r), total_ + r * padded_dim_, dim_,
+                   static_cast<float>(p.scale));
     }
   }
   void begin_sequence(const AttentionParams& p, const Sequence& s, int64_t head,
@@ -82,7 +83,7 @@ class PositionGradients {
     if (!p.position_query) return;
     for (int64_t i = 0; i < s.q_len; ++i) {
       store_scaled(mutable_row<T>(g.dposition_query, s.batch, head, s.first_query + i),
-                   dquery_ + i * padded_dim_, p);
+                   dquery_ + i * padded_dim_, dim_, static_cast<float>(p.scale));
     }
     for (int64_t r = 0; r < range_.count; ++r) {
       const int64_t at = range_.base + r;
@@ -116,11 +117,6 @@ class PositionGradients {
   }
 
  private:
-  void store_scaled(T* to, const float* from, const AttentionParams& p) const {
-    const auto scale = static_cast<float>(p.scale);
-    for (int64_t d = 0; d < dim_; d += kWidth) store(to + d, load(from + d) * scale, dim_ - d);
-  }
-
   PositionRange range_;
   int64_t dim_ = 0, padded_dim_ = 0, ld_ = 0, key_panel_ = 0, query_panel_ = 0;
   Lane *keys_ = nullptr, *queries_ = nullptr, *columns_ = nullptr;

@@ -56,7 +56,7 @@ class Scores {
     if (p_.segment_scores) add_segments(r, scores);
     if (!untouched_) apply_terms(r, scores, slopes);
   }
-  // What a product is multiplied by in `apply` beside `slopes`: d score / d product.
+  // Whether `apply` gives slopes.
   bool capped() const { return p_.softcap != 0.0; }
 
   int64_t column(const ScoreRow& r) const { return r.s.column + r.key; }

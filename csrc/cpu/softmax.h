@@ -125,6 +125,10 @@ struct BoundedPower {
   }
 };
 
+// Where probabilities become pairs of bf16, fewer terms are as good.
+template <typename D>
+inline constexpr int kPowerDegree = D::kPerLane == 2 ? 4 : 6;
+
 // The largest of the first n scores, lane by lane.
 FT_INLINE Vec largest(const float* scores, int64_t n) {
   Vec top = broadcast(-INFINITY), top2 = top;

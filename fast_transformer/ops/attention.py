@@ -89,8 +89,6 @@ def attention(
         return (out, lse) if return_lse else out
     if bias is not None:
         bias = whole_rows(bias, S)
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.reshape(-1, H).contiguous()
     out, lse = run(
         backend, query, key, value, bias, key_starts, key_lengths, None, None, seed, alibi_slopes,
         None, None, None, None, None, None,
@@ -185,8 +183,6 @@ def attention_varlen(
         return (out, lse) if return_lse else out
     if bias is not None:
         bias = whole_rows(bias, max_seqlen_k)
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.reshape(-1, H).contiguous()
     out, lse = run(
         backend, *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)),
         bias, None, None, cu_seqlens_q, cu_seqlens_k, seed, alibi_slopes,
@@ -214,6 +210,8 @@ def run(
     key_segments, *options,
 ):  # fmt: skip
     """Run a backend, with autograd above it where needed; arguments as `BACKENDS` lists them."""
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.contiguous()
     tensors = (
         cpu.unit_stride(query), cpu.unit_stride(key), cpu.unit_stride(value), bias,
         key_starts, key_lengths, cu_seqlens_q, cu_seqlens_k, seed,

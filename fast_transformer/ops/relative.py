@@ -148,8 +148,6 @@ def relative_attention(
         distance_bias = distance_bias.float().expand(H, -1).contiguous()
     if bias is not None:
         bias = whole_rows(bias, S)
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.reshape(-1, H).contiguous()
     out, lse = run(
         backend, _plus(query, content_bias), key, value, bias, key_starts, key_lengths, None, None,
         seed, alibi_slopes, distance_bias, position_query, position_key, segment_scores,

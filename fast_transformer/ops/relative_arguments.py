@@ -7,7 +7,6 @@ from fast_transformer.ops import arguments
 from fast_transformer.ops import attention_arguments as check
 
 OP = "relative_attention"
-_INTEGER = (torch.int32, torch.int64)
 _NEEDS = {  # what an argument has no meaning without
     "position_bias": ("position_key",),
     "position_zero": ("position_key", "distance_bias"),
@@ -113,13 +112,7 @@ def rows(name, count, position_zero, nearest, farthest):
 
 def segments(name, x, shape, query):
     """Return `x` as contiguous int32 of `shape`."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{OP}: {name} must be a tensor, got {type(x).__name__}.")
-    if x.dtype not in _INTEGER:
-        raise TypeError(
-            f"{OP}: {name} has dtype {arguments.short(x.dtype)}; accepted are int32 and int64."
-        )
-    arguments.same_device(OP, name, x, "query", query)
+    arguments.integer_tensor(OP, name, x, query)
     if x.shape != shape:
         raise ValueError(
             f"{OP}: {name} has shape {tuple(x.shape)}; it must be (batch, length) = {shape}."

@@ -2,6 +2,8 @@
 
 import torch
 
+from fast_transformer.reference.attention import attend, heads_and_keys, widened
+
 
 def attention_decode(
     query,
@@ -30,9 +32,8 @@ def attention_decode(
     alibi_slopes: (heads,) or (batch, heads). softcap: c · tanh(score / c), Gemma 2, unless 0.
     Returns out (batch, heads, T, value's dim), and lse (batch, heads, T), float32 or wider.
     """
-    (_, heads, T, head_dim), kv_heads = query.shape, key_cache.shape[1]
+    T, head_dim = query.shape[-2:]
     scale = head_dim**-0.5 if scale is None else scale
-    wide = torch.promote_types(query.dtype, torch.float32)
     keys = cache_lengths.long()
     if new_key is not None:
         position = keys[:, None] + torch.arange(new_key.shape[2], device=query.device)
@@ -42,33 +43,12 @@ def attention_decode(
         keys = keys + new_key.shape[2]
 
     key, value = _sequences(key_cache, block_table), _sequences(value_cache, block_table)
-    column = torch.arange(key.shape[2], device=query.device)
-    exists = column < keys[:, None]
-    # whatever lies in the rest of the cache, NaN included, must not reach a product
-    key, value = (x.masked_fill(~exists[:, None, :, None], 0) for x in (key, value))
-    key, value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
-
-    position = torch.arange(T, device=query.device) + keys[:, None] - T  # (batch, T)
-    distance = position[:, None, :, None] - column  # (batch, 1, T, S)
-    scores = (query @ key.mT).to(wide) * scale
-    if softcap > 0:
-        scores = softcap * (scores / softcap).tanh()
-    if alibi_slopes is not None:
-        slopes = alibi_slopes.to(wide).view(-1, heads, 1, 1)
-        scores = scores - slopes * distance.abs()
-    left, right = window[0], 0 if causal else window[1]
-    seen = exists[:, None, None, :]
-    if left >= 0:
-        seen = seen & (distance <= left)
-    if right >= 0:
-        seen = seen & (distance >= -right)
-    scores = scores.masked_fill(~seen, -torch.inf)
-
-    # a row of −inf alone would turn NaN in softmax: it keeps zeros, and its results are replaced
-    empty = (scores == -torch.inf).all(-1, keepdim=True)
-    scores = scores.masked_fill(empty, 0)
-    lse = scores.logsumexp(-1).masked_fill(empty.squeeze(-1), -torch.inf)
-    return (scores.softmax(-1).to(value.dtype) @ value).masked_fill(empty, 0), lse
+    key, value, exists = heads_and_keys(query, key, value, None, keys)
+    return attend(
+        widened(query @ key.mT) * scale, value, exists, causal=causal,
+        causal_offset=(keys - T).view(-1, 1, 1, 1), window=window, alibi_slopes=alibi_slopes,
+        softcap=softcap,
+    )  # fmt: skip
 
 
 def _place(position, block_size, block_table):
