@@ -21,7 +21,7 @@ constexpr int64_t block_lanes(int64_t depth) {
 // of the panels stays in L2, and C of several blocks of k beside it.
 template <typename D>
 struct Plan {
-  static constexpr int64_t kRows = 192;  // whole tiles of either height
+  static constexpr int64_t kRows = 576;  // whole tiles of either height
   static constexpr int64_t kPanelBytes = int64_t{384} << 10;
   static constexpr int64_t kUnitsPerThread = 4;
 
