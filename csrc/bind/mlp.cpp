@@ -39,6 +39,20 @@ int64_t features(const Tensor& x) { return x.size(x.dim() - 1); }
 Tensor gradient_of(const Tensor& x, bool wanted) {
   return wanted ? empty_rows(x, features(x), scalar_type(x)) : nothing(scalar_type(x));
 }
+// A weight (out, in) whose rows are contiguous, or whose columns are.
+MatrixView matrix_view(const Tensor& t) {
+  if (t.stride(1) == 1 || t.size(1) <= 1) return {rows_view(t), false};
+  STD_TORCH_CHECK(t.stride(0) == 1 || t.size(0) <= 1,
+                  "fast_transformer: a weight's rows or its columns must be contiguous");
+  return {{t.const_data_ptr(), {t.stride(1)}}, true};
+}
+MatrixView matrix_view_or_none(const Tensor& t, bool wanted) {
+  return wanted ? matrix_view(t) : MatrixView{};
+}
+Tensor gradient_of_weight(const Tensor& weight, bool wanted) {
+  if (!wanted || !matrix_view(weight).transposed) return gradient_of(weight, wanted);
+  return empty({weight.size(0), weight.size(1)}, scalar_type(weight), {1, 0});
+}
 Tensor gradient_of_bias(const Tensor& weight, bool wanted) {
   return empty({wanted ? weight.size(0) : 0}, scalar_type(weight));
 }
@@ -61,7 +75,7 @@ std::tuple<Tensor, Tensor> linear_act_fwd(Tensor x, Tensor weight, OptionalTenso
   Tensor y = empty_rows(x, p.n, type);
   Tensor pre = save_pre ? empty_rows(x, p.n, type) : nothing(type);
   p.x = rows_view(x);
-  p.weight = rows_view(weight);
+  p.weight = matrix_view(weight);
   p.bias = data(b);
   p.y = rows_view(y);
   p.pre = rows_view_or_none(pre, save_pre);
@@ -84,14 +98,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_bwd(Tensor grad_out, Tensor x, Ten
   const bool has_pre = p.activation != Activation::kIdentity;
   if (has_pre) check_rows(kOp, "pre", pre, p.n, x);
 
-  Tensor dx = gradient_of(x, need_dx), dw = gradient_of(weight, need_dw);
+  Tensor dx = gradient_of(x, need_dx), dw = gradient_of_weight(weight, need_dw);
   Tensor db = gradient_of_bias(weight, need_db);
   p.grad_out = rows_view(grad_out);
   p.x = rows_view(x);
-  p.weight = rows_view(weight);
+  p.weight = matrix_view(weight);
   p.pre = rows_view_or_none(pre, has_pre);
   p.dx = rows_view_or_none(dx, need_dx);
-  p.dw = rows_view_or_none(dw, need_dw);
+  p.dw = matrix_view_or_none(dw, need_dw);
   p.db = data_or_none(db, need_db);
   kernels().linear_act_bwd(p, torch_threads());
   return {dx, dw, db};
@@ -117,8 +131,8 @@ std::tuple<Tensor, Tensor> mlp_fwd(Tensor x, Tensor w1, OptionalTensor b1, Tenso
   Tensor y = empty_rows(x, p.n, type);
   Tensor pre = save_pre ? empty_rows(x, p.f, type) : nothing(type);
   p.x = rows_view(x);
-  p.w1 = rows_view(w1);
-  p.w2 = rows_view(w2);
+  p.w1 = matrix_view(w1);
+  p.w2 = matrix_view(w2);
   p.b1 = data(b1);
   p.b2 = data(b2);
   p.y = rows_view(y);
@@ -144,17 +158,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(
   check_rows(kOp, "grad_out", grad_out, p.n, x);
   check_rows(kOp, "pre", pre, p.f, x);
 
-  Tensor dx = gradient_of(x, need_dx), dw1 = gradient_of(w1, need_dw1);
-  Tensor db1 = gradient_of_bias(w1, need_db1), dw2 = gradient_of(w2, need_dw2);
+  Tensor dx = gradient_of(x, need_dx), dw1 = gradient_of_weight(w1, need_dw1);
+  Tensor db1 = gradient_of_bias(w1, need_db1), dw2 = gradient_of_weight(w2, need_dw2);
   Tensor db2 = gradient_of_bias(w2, need_db2);
   p.grad_out = rows_view(grad_out);
   p.x = rows_view(x);
-  p.w1 = rows_view(w1);
-  p.w2 = rows_view(w2);
+  p.w1 = matrix_view(w1);
+  p.w2 = matrix_view(w2);
   p.pre = rows_view(pre);
   p.dx = rows_view_or_none(dx, need_dx);
-  p.dw1 = rows_view_or_none(dw1, need_dw1);
-  p.dw2 = rows_view_or_none(dw2, need_dw2);
+  p.dw1 = matrix_view_or_none(dw1, need_dw1);
+  p.dw2 = matrix_view_or_none(dw2, need_dw2);
   p.db1 = data_or_none(db1, need_db1);
   p.db2 = data_or_none(db2, need_db2);
   p.dropout = dropout(dropout_p, seed);

@@ -1,5 +1,6 @@
 // What the kernels of linear_act and mlp are told. Letters: M rows (tokens), K input features,
-// F hidden features, N output features. Weights are (out, in), as in nn.Linear.
+// F hidden features, N output features. Weights are (out, in), as in nn.Linear, in memory so or
+// transposed, as in the Conv1D of GPT-2; their gradients lie as they do.
 #pragma once
 #include "philox.h"
 #include "types.h"
@@ -13,7 +14,8 @@ struct LinearParams {
   DType dtype = DType::kFloat32;
   Activation activation = Activation::kIdentity;
   int64_t m = 0, n = 0, k = 0;
-  RowsView x, weight;
+  RowsView x;
+  MatrixView weight;
   const void* bias = nullptr;
   RowsView y, pre;  // pre: x weightᵀ + bias, kept for backward; may be absent
 };
@@ -22,8 +24,10 @@ struct LinearGradParams {
   DType dtype = DType::kFloat32;
   Activation activation = Activation::kIdentity;
   int64_t m = 0, n = 0, k = 0;
-  RowsView grad_out, x, weight, pre;
-  RowsView dx, dw;     // each may be absent
+  RowsView grad_out, x, pre;
+  MatrixView weight;
+  RowsView dx;  // each may be absent
+  MatrixView dw;
   void* db = nullptr;  // may be absent
 };
 
@@ -32,7 +36,8 @@ struct MlpParams {
   DType dtype = DType::kFloat32;
   Activation activation = Activation::kGelu;
   int64_t m = 0, k = 0, f = 0, n = 0;
-  RowsView x, w1, w2;
+  RowsView x;
+  MatrixView w1, w2;
   const void *b1 = nullptr, *b2 = nullptr;
   RowsView y, pre;  // pre: x w1ᵀ + b1, kept for backward; may be absent
   Dropout dropout;
@@ -42,8 +47,10 @@ struct MlpGradParams {
   DType dtype = DType::kFloat32;
   Activation activation = Activation::kGelu;
   int64_t m = 0, k = 0, f = 0, n = 0;
-  RowsView grad_out, x, w1, w2, pre;
-  RowsView dx, dw1, dw2;  // each may be absent
+  RowsView grad_out, x, pre;
+  MatrixView w1, w2;
+  RowsView dx;  // each may be absent
+  MatrixView dw1, dw2;
   void *db1 = nullptr, *db2 = nullptr;
   Dropout dropout;
 };

@@ -27,6 +27,12 @@ struct View {
 using HeadsView = View<3>;  // (batch, heads, length, head_dim)
 using RowsView = View<1>;   // (rows, channels)
 
+// A matrix that may lie in memory either way round. Transposed, its columns are what is contiguous,
+// and its stride is that from one of them to the next.
+struct MatrixView : RowsView {
+  bool transposed = false;
+};
+
 // Row addresses are computed in 64 bits: a tensor may hold more than 2^31 elements.
 template <typename T>
 const T* row(const HeadsView& v, int64_t b, int64_t h, int64_t t) {

@@ -8,8 +8,13 @@
 
 namespace ft::FT_ISA {
 
-// Up to here it is faster than packing (measured on Zen 5).
-inline constexpr int64_t kFewRows = 16;
+// Rows up to which reading B in place is faster than packing it: along k (measured on Zen 5), and
+// along n, see streamed_rows.h; the matrix unit makes up for packing sooner (Sapphire Rapids).
+template <typename D>
+constexpr int64_t most_few_rows(bool streamed) {
+  if (D::kInMatrixUnit) return 4;
+  return streamed ? 12 : 16;
+}
 
 template <typename D>
 FT_INLINE auto as_lanes(UVec v) {

@@ -25,17 +25,20 @@ void for_chunks(int64_t rows, int64_t most, const F& f) {
   } while (begin < rows);
 }
 
-// dw (n, k) = sum over rows of dy (rows, n) times x (rows, k). Absent where dw is.
+// dw (n, k) = sum over rows of dy (rows, n) times x (rows, k), or its transpose where dw lies so.
+// Absent where dw is.
 template <typename T>
 class WeightGradient {
  public:
-  WeightGradient(const RowsView& dw, int64_t n, int64_t k, bool one_chunk)
+  WeightGradient(const MatrixView& dw, int64_t n, int64_t k, bool one_chunk)
       : dw_(dw),
         n_(n),
         k_(k),
         scratch_(Scratch::bytes<float>(floats(one_chunk))),
         sum_{dw.data, {dw.stride[0]}} {
-    if (floats(one_chunk) > 0) sum_ = {scratch_.take<float>(floats(one_chunk)), {k}};
+    if (floats(one_chunk) > 0) {
+      sum_ = {scratch_.take<float>(floats(one_chunk)), {dw.transposed ? n : k}};
+    }
   }
   // Dy and X are the element types of dy and x.
   template <typename Dy, typename X>
@@ -43,8 +46,12 @@ class WeightGradient {
            bool first, bool last) {
     using D = Dot<T>;
     if (!dw_) return;
-    matmul(parallel, {n_, k_, rows}, rows_along_m<D, Dy>(dy), columns_along_n<D, X>(x),
-           Accumulated<T>{dw_, sum_, first, last});
+    const Accumulated<T> finish{dw_, sum_, first, last};
+    if (dw_.transposed) {
+      matmul(parallel, {k_, n_, rows}, rows_along_m<D, X>(x), columns_along_n<D, Dy>(dy), finish);
+    } else {
+      matmul(parallel, {n_, k_, rows}, rows_along_m<D, Dy>(dy), columns_along_n<D, X>(x), finish);
+    }
   }
 
  private:
@@ -52,7 +59,7 @@ class WeightGradient {
   int64_t floats(bool one_chunk) const {
     return dw_ && !one_chunk && !std::is_same_v<T, float> ? n_ * k_ : 0;
   }
-  const RowsView dw_;
+  const MatrixView dw_;
   const int64_t n_, k_;
   Scratch scratch_;
   RowsView sum_;

@@ -11,7 +11,7 @@ constexpr int64_t kChunkBytes = int64_t{16} << 20;
 template <typename T>
 void forward(const LinearParams& p, const Parallel& parallel) {
   using D = Dot<T>;
-  matmul(parallel, {p.m, p.n, p.k}, rows_along_k<D, T>(p.x, p.k), columns_along_k<D, T>(p.weight),
+  matmul(parallel, {p.m, p.n, p.k}, rows_along_k<D, T>(p.x, p.k), transpose_of<D, T>(p.weight),
          Activated<T, T>{p.activation, static_cast<const T*>(p.bias), p.pre, p.y, {}, 0});
 }
 
@@ -47,7 +47,7 @@ void gradients_of_chunk(const LinearGradParams& p, const Parallel& parallel, con
   const bool first = begin == 0, last = begin + rows == p.m;
   if (p.dx) {
     matmul(parallel, {rows, p.k, p.n}, rows_along_k<D, Dy>(dpre, p.n),
-           columns_along_n<D, T>(p.weight), Stored<T>{rows_from<T>(p.dx, begin)});
+           itself<D, T>(p.weight), Stored<T>{rows_from<T>(p.dx, begin)});
   }
   dw.template add<Dy, T>(parallel, dpre, rows_from<T>(p.x, begin), rows, first, last);
   db.template add<Dy>(parallel, dpre, rows, first, last);

@@ -223,6 +223,21 @@ void many_rows(const Parallel& parallel, const Size& size, const Left<D>& a, con
 
 // Products below this take less time than waking a thread.
 constexpr int64_t kSerialProducts = int64_t{1} << 19;
+// Of C's rows that a streamed B is added to: a share of L1. And elements of k that are added up,
+// eight a step, before the sums of others: so no sum has many terms, and rounding errors stay
+// small.
+constexpr int64_t kStreamedBytes = int64_t{24} << 10;
+constexpr int64_t kLeastRun = 256;  // of columns
+constexpr int64_t kStreamedSum = 256;
+
+// Columns of a unit of few rows. A streamed B is read in runs that are as long as can be.
+template <typename D>
+int64_t few_columns(const Size& size, const Right<D>& b, int64_t threads) {
+  if (!b.streamed) return kTileCols;
+  const int64_t most = kStreamedBytes / (size.m * static_cast<int64_t>(sizeof(float)));
+  const int64_t units = std::max(ceil_div(size.n, most), threads > 1 ? 2 * threads : 1);
+  return round_up(std::max(ceil_div(size.n, units), std::min(size.n, kLeastRun)), kTileCols);
+}
 
 template <typename D>
 void few_rows(const Parallel& parallel, const Size& size, const Left<D>& a, const Right<D>& b,
@@ -240,14 +255,26 @@ void few_rows(const Parallel& parallel, const Size& size, const Left<D>& a, cons
   }
   Parallel threads = parallel;
   if (size.m * size.n * size.k < kSerialProducts) threads.threads = 1;
-  for_units(threads, panels(size.n), [&](Units& units) {
-    float c[kFewRows * kTileCols];
+  const int64_t each = few_columns(size, b, threads.threads);
+  const int64_t sum = b.streamed ? kStreamedSum : size.k;
+  for_units(threads, ceil_div(size.n, each), [&](Units& units) {
+    const int64_t count = size.m * each;
+    Scratch own(Scratch::bytes<float>(count) * (size.k > sum ? 2 : 1));
+    float* c = own.take<float>(count);
+    float* more = size.k > sum ? own.take<float>(count) : nullptr;
     for (int64_t i; units.next(i);) {
-      const int64_t n = i * kTileCols, cols = std::min<int64_t>(kTileCols, size.n - n);
-      b.dots(b, x, x_ld, size.m, n, cols, size.k, c);
-      for (int64_t r = 0; r < size.m; r += D::kTileRows) {
-        const int64_t rows = std::min<int64_t>(D::kTileRows, size.m - r);
-        finish.call(finish.context, {r, rows, n, cols, c + r * kTileCols, kTileCols});
+      const int64_t n = i * each, cols = std::min(each, size.n - n);
+      b.few(b, x, x_ld, size.m, n, cols, 0, std::min(sum, size.k), c, each);
+      for (int64_t at = sum; at < size.k; at += sum) {
+        b.few(b, x, x_ld, size.m, n, cols, at, std::min(sum, size.k - at), more, each);
+        for (int64_t j = 0; j < count; j += kWidth) store(c + j, load(c + j) + load(more + j));
+      }
+      for (int64_t j = 0; j < cols; j += kTileCols) {
+        for (int64_t r = 0; r < size.m; r += D::kTileRows) {
+          const int64_t rows = std::min<int64_t>(D::kTileRows, size.m - r);
+          const int64_t some = std::min<int64_t>(kTileCols, cols - j);
+          finish.call(finish.context, {r, rows, n + j, some, c + r * each + j, each});
+        }
       }
     }
   });
@@ -259,7 +286,7 @@ template <typename D>
 void matmul(const Parallel& parallel, const Size& size, const Left<D>& a, const Right<D>& b,
             const Finish& finish) {
   if (size.m <= 0 || size.n <= 0) return;
-  if (size.m <= kFewRows && b.dots && !a.strips && size.k > 0) {
+  if (size.m <= most_few_rows<D>(b.streamed) && !a.strips && size.k > 0) {
     few_rows(parallel, size, a, b, finish);
   } else {
     many_rows(parallel, size, a, b, finish);
@@ -270,7 +297,7 @@ template <typename D>
 Packed<D>::Packed(const Parallel& parallel, const Right<D>& b, int64_t n, int64_t k, int64_t m,
                   int64_t products)
     : b_(b),
-      lanes_(products > 1 && m > kFewRows ? panels(n) * panel_size<D>(k) : 0),
+      lanes_(products > 1 && m > most_few_rows<D>(b.streamed) ? panels(n) * panel_size<D>(k) : 0),
       scratch_(Scratch::bytes<Lane>(lanes_ <= kMost ? lanes_ : 0)) {
   if (lanes_ == 0 || lanes_ > kMost) return;
   Lane* to = scratch_.template take<Lane>(lanes_);

@@ -11,6 +11,7 @@
 #include "dots.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "streamed_rows.h"
 
 namespace ft::FT_ISA {
 
@@ -40,10 +41,11 @@ struct Right {
   int64_t ld;
   // Panels of columns [n, n + cols) of elements [k, k + count).
   void (*pack)(const Right& b, int64_t n, int64_t cols, int64_t k, int64_t count, Lane* panels);
-  // Few rows of lanes times columns [n, n + cols), see dots.h; absent where B is contiguous along
-  // n.
-  void (*dots)(const Right& b, const Lane* x, int64_t x_ld, int64_t rows, int64_t n, int64_t cols,
-               int64_t k, float* c);
+  // Few rows of lanes times columns [n, n + cols) of elements [at, at + k), at rows of c that are
+  // `ldc` apart. Along k: see dots.h; at most kTileCols columns. Along n: see streamed_rows.h.
+  void (*few)(const Right& b, const Lane* x, int64_t x_ld, int64_t rows, int64_t n, int64_t cols,
+              int64_t at, int64_t k, float* c, int64_t ldc);
+  bool streamed;
   // All of B as panels, where somebody has packed it already: see Packed.
   const Lane* panels = nullptr;
 };
@@ -78,9 +80,11 @@ Right<D> columns_along_k(const RowsView& b) {
                                panels);
           },
           [](const Right<D>& b, const typename D::Lane* x, int64_t x_ld, int64_t rows, int64_t n,
-             int64_t cols, int64_t k, float* c) {
-            dots<D>(x, x_ld, rows, static_cast<const T*>(b.data) + n * b.ld, b.ld, cols, k, c);
-          }};
+             int64_t cols, int64_t at, int64_t k, float* c, int64_t) {
+            dots<D>(x + at / D::kPerLane, x_ld, rows, static_cast<const T*>(b.data) + n * b.ld + at,
+                    b.ld, cols, k, c);
+          },
+          false};
 }
 template <typename D, typename T>
 Right<D> columns_along_n(const RowsView& b) {
@@ -90,7 +94,21 @@ Right<D> columns_along_n(const RowsView& b) {
             pack_natural<D>(static_cast<const T*>(b.data) + k * b.ld + n, b.ld, cols, count,
                             panels);
           },
-          nullptr};
+          [](const Right<D>& b, const typename D::Lane* x, int64_t x_ld, int64_t rows, int64_t n,
+             int64_t cols, int64_t at, int64_t k, float* c, int64_t ldc) {
+            stream_rows<D>(x + at / D::kPerLane, x_ld, rows,
+                           static_cast<const T*>(b.data) + at * b.ld + n, b.ld, cols, k, c, ldc);
+          },
+          true};
+}
+// A weight W (out, in) as the B of x Wᵀ, and as that of dy W.
+template <typename D, typename T>
+Right<D> transpose_of(const MatrixView& w) {
+  return w.transposed ? columns_along_n<D, T>(w) : columns_along_k<D, T>(w);
+}
+template <typename D, typename T>
+Right<D> itself(const MatrixView& w) {
+  return w.transposed ? columns_along_k<D, T>(w) : columns_along_n<D, T>(w);
 }
 
 // Of a B that is packed as a whole: a share of the last level of cache, and of the scratch that a

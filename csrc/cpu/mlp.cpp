@@ -36,8 +36,8 @@ void forward(const MlpParams& p, const Parallel& parallel) {
   const RowsView hidden = kept.take(scratch);
   const T *b1 = static_cast<const T*>(p.b1), *b2 = static_cast<const T*>(p.b2);
   const int64_t chunks = ceil_div(p.m, kept.most);
-  const Packed<D> w1(parallel, columns_along_k<D, T>(p.w1), p.f, p.k, kept.most, chunks);
-  const Packed<D> w2(parallel, columns_along_k<D, T>(p.w2), p.n, p.f, kept.most, chunks);
+  const Packed<D> w1(parallel, transpose_of<D, T>(p.w1), p.f, p.k, kept.most, chunks);
+  const Packed<D> w2(parallel, transpose_of<D, T>(p.w2), p.n, p.f, kept.most, chunks);
   for_chunks<D>(p.m, kept.most, [&](int64_t begin, int64_t rows) {
     matmul(parallel, {rows, p.f, p.k}, rows_along_k<D, T>(rows_from<T>(p.x, begin), p.k), *w1,
            Activated<T, Kept<T>>{p.activation, b1, rows_from<T>(p.pre, begin), hidden, p.dropout,
@@ -79,7 +79,7 @@ void backward(const MlpGradParams& p, const Parallel& parallel) {
     const HiddenGradient<T> gradient{
         p.activation, rows_from<T>(p.pre, begin), dpre, hidden, p.dropout, begin};
     if (deeper) {
-      matmul(parallel, {rows, p.f, p.n}, rows_along_k<D, T>(dy, p.n), columns_along_n<D, T>(p.w2),
+      matmul(parallel, {rows, p.f, p.n}, rows_along_k<D, T>(dy, p.n), itself<D, T>(p.w2),
              gradient);
     } else if (hidden) {
       recompute(parallel, rows, p.f, gradient);
@@ -90,7 +90,7 @@ void backward(const MlpGradParams& p, const Parallel& parallel) {
     db1.template add<Kept<T>>(parallel, dpre, rows, first, last);
     if (p.dx) {
       matmul(parallel, {rows, p.k, p.f}, rows_along_k<D, Kept<T>>(dpre, p.f),
-             columns_along_n<D, T>(p.w1), Stored<T>{rows_from<T>(p.dx, begin)});
+             itself<D, T>(p.w1), Stored<T>{rows_from<T>(p.dx, begin)});
     }
   });
 }

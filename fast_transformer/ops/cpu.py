@@ -58,6 +58,11 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def unit_stride_either_way(weight: Tensor) -> Tensor:
+    """Return `weight` with contiguous rows or columns, copied only where it has neither."""
+    return weight if weight.stride(0) == 1 else unit_stride(weight)
+
+
 def uniform_rows(x: Tensor) -> Tensor:
     """Return `x` (..., C) as rows of contiguous elements, one uniform stride apart."""
     if x.is_contiguous():

@@ -35,7 +35,7 @@ def linear_act(
     backend = choose(op, LINEAR_BACKENDS, (x, weight, bias))
     if backend == "reference":
         return reference.linear_act(x, weight, bias, activation=activation)
-    x, weight = cpu.uniform_rows(x), cpu.unit_stride(weight)
+    x, weight = cpu.uniform_rows(x), cpu.unit_stride_either_way(weight)
     if torch.is_grad_enabled() and _needs_grad(x, weight, bias):
         return cpu.apply(_LinearAct, backend, x, weight, bias, code)
     return LINEAR_BACKENDS[backend].forward(x, weight, bias, code, False)[0]
@@ -82,7 +82,8 @@ def mlp(
         return reference.mlp(
             x, w1, b1, w2, b2, activation=activation, dropout_p=dropout_p, seed=seed
         )
-    x, w1, w2 = cpu.uniform_rows(x), cpu.unit_stride(w1), cpu.unit_stride(w2)
+    x = cpu.uniform_rows(x)
+    w1, w2 = cpu.unit_stride_either_way(w1), cpu.unit_stride_either_way(w2)
     inputs = (x, w1, b1, w2, b2, seed, code, dropout_p)
     if torch.is_grad_enabled() and (_needs_grad(x, w1, b1) or _needs_grad(x, w2, b2)):
         return cpu.apply(_Mlp, backend, *inputs)
@@ -193,7 +194,13 @@ def _output(x, weight):
 
 def _wanted(*pairs):
     """Something like each tensor whose flag is set, and something empty for the others."""
-    return tuple(x.new_empty(x.shape if flag else 0) for x, flag in pairs)
+    return tuple(_as_it_lies(x) if flag else x.new_empty(0) for x, flag in pairs)
+
+
+def _as_it_lies(x):
+    if x.dim() == 2 and x.stride(1) != 1 and x.shape[1] > 1:  # a weight that lies transposed
+        return x.new_empty(x.shape[::-1]).t()
+    return x.new_empty(x.shape)
 
 
 @cpu.fake("linear_act_fwd")
