@@ -142,29 +142,37 @@ FT_INLINE Vec activate(Vec x) {
   }
 }
 
+// The activation and its derivative, which have their exponentials in common.
+struct ValueAndSlope {
+  Vec value, slope;
+};
 template <Activation kActivation, typename T>
-FT_INLINE Vec activation_gradient(Vec x) {
+FT_INLINE ValueAndSlope activation_and_slope(Vec x) {
   constexpr bool kRough = kRoundedToBFloat16<T>;
   if constexpr (kActivation == Activation::kGelu) {
-    const Vec tail = normal_tail<kRough>(min(broadcast(kTailEnd<kRough>), abs(x)));
+    const Vec a = min(broadcast(kTailEnd<kRough>), abs(x)), tail = normal_tail<kRough>(a);
     const Vec p = select(x >= 0.0f, 1.0f - tail, tail);
-    return fma(x, normal_density<kRough>(abs(x)), p);
+    return {fma(-a, tail, max(zero(), x)), fma(x, normal_density<kRough>(abs(x)), p)};
   } else if constexpr (kActivation == Activation::kGeluTanh) {
-    x = max(broadcast(-9.0f), min(broadcast(9.0f), x));  // beyond, it is 0 or 1
-    const Vec x2 = x * x;
-    const Vec u = kGeluTanhScale * fma(kGeluTanhCubic * x2, x, x);
+    const Vec near = max(broadcast(-9.0f), min(broadcast(9.0f), x));  // beyond, it is 0 or 1
+    const Vec x2 = near * near;
+    const Vec u = kGeluTanhScale * fma(kGeluTanhCubic * x2, near, near);
     const Sigmoid s = sigmoid<kRough>(2.0f * u);
     const Vec du = kGeluTanhScale * fma(broadcast(3.0f * kGeluTanhCubic), x2, broadcast(1.0f));
-    return fma(2.0f * x * du, s.slope, s.value);
+    return {x * s.value, fma(2.0f * near * du, s.slope, s.value)};
   } else if constexpr (kActivation == Activation::kRelu) {
-    return select(x > 0.0f, broadcast(1.0f), zero());
+    return {max(zero(), x), select(x > 0.0f, broadcast(1.0f), zero())};
   } else if constexpr (kActivation == Activation::kSilu) {
-    x = max(broadcast(-87.0f), min(broadcast(87.0f), x));  // beyond, it is 0 or 1
-    const Sigmoid s = sigmoid<kRough>(x);
-    return fma(x, s.slope, s.value);
+    const Vec near = max(broadcast(-87.0f), min(broadcast(87.0f), x));  // beyond, it is 0 or 1
+    const Sigmoid s = sigmoid<kRough>(near);
+    return {x * s.value, fma(near, s.slope, s.value)};
   } else {
-    return broadcast(1.0f);
+    return {x, broadcast(1.0f)};
   }
+}
+template <Activation kActivation, typename T>
+FT_INLINE Vec activation_gradient(Vec x) {
+  return activation_and_slope<kActivation, T>(x).slope;
 }
 
 // Calls `f` with the activation as a compile-time constant.

@@ -12,9 +12,9 @@
 #include <type_traits>
 #include <utility>
 
-#include "decode_amx.h"
 #include "decode_scores.h"
 #include "decode_splits.h"
+#include "few_rows_amx.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "softmax.h"
@@ -135,8 +135,8 @@ class Worker {
     keys_ = from.template take<const T*>(kRowLength);
     values_ = from.template take<const T*>(kRowLength);
     if constexpr (D::kInMatrixUnit) {
-      unit_queries_ = from.template take<Lane>(unit_queries(rows_, p_.head_dim));
-      unit_keys_ = from.template take<T>(unit_keys(p_.head_dim));
+      unit_queries_ = from.template take<Lane>(unit_rows(rows_, p_.head_dim));
+      unit_keys_ = from.template take<T>(unit_copies(p_.head_dim));
     }
     no_row_ = from.template take<T>(std::max(p_.head_dim, p_.value_dim));
   }
@@ -201,9 +201,9 @@ class Worker {
   void multiply(int64_t count) {
     if (in_unit_) {
       if constexpr (D::kInMatrixUnit) {
-        pack_queries_amx(queries_, rows_, depth_, unit_queries_);
-        multiply_keys_amx(unit_queries_, rows_, p_.head_dim, keys_, count, unit_keys_, products_,
-                          kRowLength);
+        pack_rows_amx(queries_, depth_, rows_, depth_, unit_queries_);
+        dot_rows_amx(unit_queries_, rows_, p_.head_dim, keys_, count, unit_keys_, products_,
+                     kRowLength);
       }
       return;
     }
@@ -247,8 +247,8 @@ class Worker {
   void weigh(int64_t count, float* sums) {
     if (in_unit_) {
       if constexpr (D::kInMatrixUnit) {
-        weigh_values_amx(probabilities_, kLanes, rows_, round_up(count, kUnitPair), values_,
-                         p_.value_dim, sums, padded_dim_);
+        weigh_rows_amx(probabilities_, kLanes, rows_, round_up(count, kUnitPair), values_,
+                       p_.value_dim, sums, padded_dim_);
       }
       return;
     }
@@ -277,7 +277,7 @@ class Worker {
   SoftmaxState* states_;
   const T **keys_, **values_;
   T* no_row_;
-  const DecodeUnit unit_{in_unit_};
+  const FewRowsUnit unit_{in_unit_};
   Lane* unit_queries_ = nullptr;
   T* unit_keys_ = nullptr;
 };

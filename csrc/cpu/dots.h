@@ -12,7 +12,7 @@ namespace ft::FT_ISA {
 // along n, see streamed_rows.h; the matrix unit makes up for packing sooner (Sapphire Rapids).
 template <typename D>
 constexpr int64_t most_few_rows(bool streamed) {
-  if (D::kInMatrixUnit) return 4;
+  if (D::kInMatrixUnit) return streamed ? 4 : 64;
   return streamed ? 12 : 16;
 }
 

@@ -110,16 +110,11 @@ struct HiddenGradient {
       Kept<T>* to = has_dpre ? mutable_row<Kept<T>>(dpre, tile.row + r) + tile.col : nullptr;
       for (int64_t j = 0; j < tile.cols; j += kWidth) {
         const int64_t left = tile.cols - j;
-        const Vec x = load(from + j, left);
-        if (has_h) {
-          Vec v = activate<kActivation, T>(x);
-          if (drops) v = draws.drop(v, r, j);
-          store(to_h + j, v, left);
-        }
+        const ValueAndSlope h = activation_and_slope<kActivation, T>(load(from + j, left));
+        if (has_h) store(to_h + j, drops ? draws.drop(h.value, r, j) : h.value, left);
         if (has_dpre) {
-          Vec v = load(tile.c + r * tile.ldc + j);
-          if (drops) v = draws.drop(v, r, j);
-          store(to + j, v * activation_gradient<kActivation, T>(x), left);
+          const Vec v = load(tile.c + r * tile.ldc + j);
+          store(to + j, (drops ? draws.drop(v, r, j) : v) * h.slope, left);
         }
       }
     }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "few_rows_amx.h"
 #include "scratch.h"
 
 namespace ft::FT_ISA {
@@ -239,6 +240,37 @@ int64_t few_columns(const Size& size, const Right<D>& b, int64_t threads) {
   return round_up(std::max(ceil_div(size.n, units), std::min(size.n, kLeastRun)), kTileCols);
 }
 
+#if defined(__AMX_BF16__)
+// B is contiguous along k.
+void few_rows_in_unit(const Parallel& parallel, const Size& size, const uint32_t* x, int64_t x_ld,
+                      const Right<BFloat16Dot>& b, const Finish& finish) {
+  constexpr int64_t kTileRows = BFloat16Dot::kTileRows;
+  const int64_t k = size.k, lanes_of_x = unit_rows(size.m, k);
+  Scratch scratch(Scratch::bytes<uint32_t>(lanes_of_x));
+  uint32_t* packed = scratch.take<uint32_t>(lanes_of_x);
+  pack_rows_amx(x, x_ld, size.m, lanes<BFloat16Dot>(k), packed);
+  for_units(parallel, panels(size.n), [&](Units& units) {
+    const FewRowsUnit unit(true);
+    const int64_t count = size.m * kTileCols;
+    Scratch own(Scratch::bytes<float>(count) + Scratch::bytes<bf16>(unit_copies(k)));
+    float* c = own.take<float>(count);
+    bf16* copies = own.take<bf16>(unit_copies(k));
+    for (int64_t i; units.next(i);) {
+      const int64_t n = i * kTileCols, cols = std::min<int64_t>(kTileCols, size.n - n);
+      const bf16* columns[kTileCols];
+      for (int64_t j = 0; j < kTileCols; ++j) {
+        columns[j] = static_cast<const bf16*>(b.data) + (n + std::min(j, cols - 1)) * b.ld;
+      }
+      dot_rows_amx(packed, size.m, k, columns, cols, copies, c, kTileCols);
+      for (int64_t r = 0; r < size.m; r += kTileRows) {
+        const int64_t rows = std::min(kTileRows, size.m - r);
+        finish.call(finish.context, {r, rows, n, cols, c + r * kTileCols, kTileCols});
+      }
+    }
+  });
+}
+#endif
+
 template <typename D>
 void few_rows(const Parallel& parallel, const Size& size, const Left<D>& a, const Right<D>& b,
               const Finish& finish) {
@@ -255,6 +287,11 @@ void few_rows(const Parallel& parallel, const Size& size, const Left<D>& a, cons
   }
   Parallel threads = parallel;
   if (size.m * size.n * size.k < kSerialProducts) threads.threads = 1;
+  if constexpr (D::kInMatrixUnit) {
+    if (!b.streamed && size.m >= kUnitFewest) {
+      return few_rows_in_unit(threads, size, x, x_ld, b, finish);
+    }
+  }
   const int64_t each = few_columns(size, b, threads.threads);
   const int64_t sum = b.streamed ? kStreamedSum : size.k;
   for_units(threads, ceil_div(size.n, each), [&](Units& units) {

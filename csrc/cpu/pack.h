@@ -85,6 +85,26 @@ FT_INLINE UVec load_column_lanes(const T* p, int64_t ld, bool second, int64_t le
   }
 }
 
+// The same of a whole pair of vectors, with both rows there.
+template <typename D, typename T>
+FT_INLINE void load_column_pair(const T* p, int64_t ld, UVec& low, UVec& high) {
+#if defined(__AVX512BW__)
+  if constexpr (D::kPerLane == 2) {
+    const auto order = [](int first) {
+      HPair v;
+      for (int i = 0; i < kWidth; ++i) v[2 * i] = first + i, v[2 * i + 1] = 2 * kWidth + first + i;
+      return (__m512i)v;
+    };
+    const auto one = load_bits<__m512i>(p), two = load_bits<__m512i>(p + ld);
+    low = (UVec)_mm512_permutex2var_epi16(one, order(0), two);
+    high = (UVec)_mm512_permutex2var_epi16(one, order(kWidth), two);
+    return;
+  }
+#endif
+  low = load_column_lanes<D>(p, ld, true, kWidth);
+  high = load_column_lanes<D>(p + kWidth, ld, true, kWidth);
+}
+
 // B from rows that are contiguous along n: src[k * ld + n] -> panels of n. This is V of attention,
 // and both operands of a weight gradient.
 template <typename D, typename T>
@@ -97,9 +117,12 @@ void pack_natural(const T* src, int64_t ld, int64_t n, int64_t k, typename D::La
       typename D::Lane* to = panels + l * kTileCols;
       const bool second = l * D::kPerLane + 1 < k;
       if (whole && (D::kPerLane == 1 || second)) {
-#pragma GCC unroll 4
-        for (int64_t j = 0; j < kTileCols; j += kWidth) {
-          store_bits(to + j, load_column_lanes<D>(from + j, ld, true, kWidth));
+#pragma GCC unroll 2
+        for (int64_t j = 0; j < kTileCols; j += 2 * kWidth) {
+          UVec low, high;
+          load_column_pair<D>(from + j, ld, low, high);
+          store_bits(to + j, low);
+          store_bits(to + j + kWidth, high);
         }
         continue;
       }
@@ -176,25 +199,40 @@ void pack_columns_as_strips(const T* src, int64_t ld, int64_t m, int64_t k, type
 template <typename D, typename T>
 void pack_columns_as_rows(const T* src, int64_t ld, int64_t m, int64_t k, typename D::Lane* dst) {
   const int64_t depth = lanes<D>(k);
-  for (int64_t m0 = 0; m0 < m; m0 += kWidth) {
-    for (int64_t l0 = 0; l0 < depth; l0 += kWidth) {
-      UVec block[kWidth];
-#pragma GCC unroll 16
-      for (int l = 0; l < kWidth; ++l) {
-        const int64_t at = (l0 + l) * D::kPerLane;
-        block[l] =
-            at < k ? load_column_lanes<D>(src + at * ld + m0, ld, at + 1 < k, m - m0) : UVec{};
+  const auto turn = [&](UVec(&block)[kWidth], int64_t m0, int64_t l0) {
+    transpose(block);
+    const int64_t count = depth - l0 < kWidth ? depth - l0 : kWidth;
+    for (int64_t i = 0; i < kWidth; ++i) {
+      typename D::Lane* to = dst + (m0 + i) * depth + l0;
+      if (count == kWidth) {
+        store_bits(to, block[i]);
+      } else {
+        std::memcpy(to, &block[i], count * sizeof(typename D::Lane));
       }
-      transpose(block);
-      const int64_t count = depth - l0 < kWidth ? depth - l0 : kWidth;
-      for (int64_t i = 0; i < kWidth; ++i) {
-        typename D::Lane* to = dst + (m0 + i) * depth + l0;
-        if (count == kWidth) {
-          store_bits(to, block[i]);
-        } else {
-          std::memcpy(to, &block[i], count * sizeof(typename D::Lane));
+    }
+  };
+  for (int64_t m0 = 0; m0 < m; m0 += 2 * kWidth) {
+    for (int64_t l0 = 0; l0 < depth; l0 += kWidth) {
+      UVec low[kWidth], high[kWidth];
+      const T* from = src + l0 * D::kPerLane * ld + m0;
+      if (m - m0 >= 2 * kWidth && (l0 + kWidth) * D::kPerLane <= k) {
+#pragma GCC unroll 16
+        for (int l = 0; l < kWidth; ++l) {
+          load_column_pair<D>(from + l * D::kPerLane * ld, ld, low[l], high[l]);
+        }
+      } else {
+        for (int l = 0; l < kWidth; ++l) {
+          const int64_t at = (l0 + l) * D::kPerLane;
+          const auto load = [&](int64_t j) {
+            if (at >= k) return UVec{};
+            return load_column_lanes<D>(src + at * ld + j, ld, at + 1 < k, m - j);
+          };
+          low[l] = load(m0);
+          high[l] = load(m0 + kWidth);
         }
       }
+      turn(low, m0, l0);
+      if (m0 + kWidth < m) turn(high, m0 + kWidth, l0);
     }
   }
 }

@@ -31,6 +31,7 @@ typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t IVec __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t UVec __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t HVec __attribute__((vector_size(2 * kWidth)));  // 16-bit storage of one Vec
+typedef uint16_t HPair __attribute__((vector_size(4 * kWidth)));  // two of them
 typedef uint64_t U64Vec __attribute__((vector_size(4 * kWidth)));
 
 FT_INLINE Vec broadcast(float x) { return x - Vec{}; }  // x - 0 is x, so only the broadcast is left
