@@ -33,12 +33,18 @@ __all__ = [
     "mlp",
     "nn",
     "relative_attention",
+    "repack",
     "restore",
     "strict",
     "t5_buckets",
 ]
 
-_LAZY = ("accelerate", "explain", "restore")  # their module knows of transformers, when it is there
+_LAZY = (
+    "accelerate",
+    "explain",
+    "repack",
+    "restore",
+)  # their module knows of transformers, when it is there
 
 
 def __getattr__(name: str) -> Any:

@@ -80,6 +80,15 @@ STABLE_TORCH_LIBRARY(fast_transformer, m) {
       "int activation, float dropout_p, bool need_dx, bool need_dw1, bool need_db1, bool need_dw2, "
       "bool need_db2) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)");
 
+  // Weights that modules prepare for inference: panels, or with a scale (out, in) of int8.
+  m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def(
+      "packed_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, int out_features, "
+      "int activation) -> Tensor");
+  m.def(
+      "packed_mlp(Tensor x, Tensor w1, Tensor? scale1, Tensor? b1, Tensor w2, Tensor? scale2, "
+      "Tensor? b2, int hidden_features, int out_features, int activation) -> Tensor");
+
   // Writes new_key and new_value, where given, into the caches.
   m.def(
       "attention_decode(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, "

@@ -8,14 +8,6 @@
 
 namespace ft::FT_ISA {
 
-// Rows up to which reading B in place is faster than packing it: along k (measured on Zen 5), and
-// along n, see streamed_rows.h; the matrix unit makes up for packing sooner (Sapphire Rapids).
-template <typename D>
-constexpr int64_t most_few_rows(bool streamed) {
-  if (D::kInMatrixUnit) return streamed ? 4 : 64;
-  return streamed ? 12 : 16;
-}
-
 template <typename D>
 FT_INLINE auto as_lanes(UVec v) {
   return as<decltype(D::load_lanes(nullptr))>(v);

@@ -59,6 +59,7 @@ struct Activated {
   RowsView pre, out;  // of T, of Out
   Dropout dropout;
   int64_t first_row;
+  const float* scale = nullptr;  // of each column of C, where B was of int8
 
   void operator()(const Tile& t) const {
     const TileDraws draws(dropout, first_row, t);
@@ -69,6 +70,7 @@ struct Activated {
   template <Activation kActivation>
   void run(const Tile tile, const TileDraws& draws) const {
     const T* const b = bias ? bias + tile.col : nullptr;
+    const float* const by = scale ? scale + tile.col : nullptr;
     const bool drops = dropout.active(), has_pre{pre};
     T* to_pre = has_pre ? mutable_row<T>(pre, tile.row) + tile.col : nullptr;
     Out* to = mutable_row<Out>(out, tile.row) + tile.col;
@@ -76,7 +78,9 @@ struct Activated {
     const float* c = tile.c;
     for (int64_t r = 0; r < tile.rows; ++r, c += tile.ldc, to += stride) {
       store_row(to, tile.cols, [&](int64_t j, int64_t left) __attribute__((always_inline)) {
-        const Vec v = b ? load(c + j) + load(b + j, left) : load(c + j);
+        Vec v = load(c + j);
+        if (by) v *= load(by + j, left);
+        if (b) v += load(b + j, left);
         if (has_pre) store(to_pre + r * pre_stride + j, v, left);
         const Vec h = activate<kActivation, T>(v);
         return drops ? draws.drop(h, r, j) : h;

@@ -4,6 +4,7 @@
 #include "../common/decode.h"
 #include "../common/mlp.h"
 #include "../common/norm.h"
+#include "../common/packed.h"
 #include "../common/parallel.h"
 
 namespace ft {
@@ -19,6 +20,11 @@ struct Kernels {
   void (*mlp_fwd)(const MlpParams&, const Parallel&);
   void (*mlp_bwd)(const MlpGradParams&, const Parallel&);
   void (*attention_decode)(const DecodeParams&, const Parallel&);
+  int64_t (*packed_bytes)(DType, int64_t n, int64_t k);
+  void (*pack_weight)(DType, int64_t n, int64_t k, const RowsView& weight, void* to,
+                      const Parallel&);
+  void (*packed_linear)(const PackedLinearParams&, const Parallel&);
+  void (*packed_mlp)(const PackedMlpParams&, const Parallel&);
 
   // Of one core, a second: see peak.cpp.
   double (*peak_flops)(DType);

@@ -288,7 +288,7 @@ void few_rows(const Parallel& parallel, const Size& size, const Left<D>& a, cons
   Parallel threads = parallel;
   if (size.m * size.n * size.k < kSerialProducts) threads.threads = 1;
   if constexpr (D::kInMatrixUnit) {
-    if (!b.streamed && size.m >= kUnitFewest) {
+    if (b.in_lanes && size.m >= kUnitFewest) {
       return few_rows_in_unit(threads, size, x, x_ld, b, finish);
     }
   }
@@ -323,7 +323,7 @@ template <typename D>
 void matmul(const Parallel& parallel, const Size& size, const Left<D>& a, const Right<D>& b,
             const Finish& finish) {
   if (size.m <= 0 || size.n <= 0) return;
-  if (size.m <= most_few_rows<D>(b.streamed) && !a.strips && size.k > 0) {
+  if (size.m <= most_few_rows(b) && !a.strips && size.k > 0) {
     few_rows(parallel, size, a, b, finish);
   } else {
     many_rows(parallel, size, a, b, finish);
@@ -334,7 +334,7 @@ template <typename D>
 Packed<D>::Packed(const Parallel& parallel, const Right<D>& b, int64_t n, int64_t k, int64_t m,
                   int64_t products)
     : b_(b),
-      lanes_(products > 1 && m > most_few_rows<D>(b.streamed) ? panels(n) * panel_size<D>(k) : 0),
+      lanes_(products > 1 && m > most_few_rows(b) ? panels(n) * panel_size<D>(k) : 0),
       scratch_(Scratch::bytes<Lane>(lanes_ <= kMost ? lanes_ : 0)) {
   if (lanes_ == 0 || lanes_ > kMost) return;
   Lane* to = scratch_.template take<Lane>(lanes_);

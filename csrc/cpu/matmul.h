@@ -46,6 +46,7 @@ struct Right {
   void (*few)(const Right& b, const Lane* x, int64_t x_ld, int64_t rows, int64_t n, int64_t cols,
               int64_t at, int64_t k, float* c, int64_t ldc);
   bool streamed;
+  bool in_lanes;  // columns in memory are lanes as they stand
   // All of B as panels, where somebody has packed it already: see Packed.
   const Lane* panels = nullptr;
 };
@@ -73,7 +74,8 @@ Left<D> rows_along_m(const RowsView& a) {
 }
 template <typename D, typename T>
 Right<D> columns_along_k(const RowsView& b) {
-  return {b.data, b.stride[0],
+  return {b.data,
+          b.stride[0],
           [](const Right<D>& b, int64_t n, int64_t cols, int64_t k, int64_t count,
              typename D::Lane* panels) {
             pack_transposed<D>(static_cast<const T*>(b.data) + n * b.ld + k, b.ld, cols, count,
@@ -84,11 +86,13 @@ Right<D> columns_along_k(const RowsView& b) {
             dots<D>(x + at / D::kPerLane, x_ld, rows, static_cast<const T*>(b.data) + n * b.ld + at,
                     b.ld, cols, k, c);
           },
-          false};
+          false,
+          std::is_same_v<T, bf16> && D::kPerLane == 2};
 }
 template <typename D, typename T>
 Right<D> columns_along_n(const RowsView& b) {
-  return {b.data, b.stride[0],
+  return {b.data,
+          b.stride[0],
           [](const Right<D>& b, int64_t n, int64_t cols, int64_t k, int64_t count,
              typename D::Lane* panels) {
             pack_natural<D>(static_cast<const T*>(b.data) + k * b.ld + n, b.ld, cols, count,
@@ -99,8 +103,19 @@ Right<D> columns_along_n(const RowsView& b) {
             stream_rows<D>(x + at / D::kPerLane, x_ld, rows,
                            static_cast<const T*>(b.data) + at * b.ld + n, b.ld, cols, k, c, ldc);
           },
-          true};
+          true,
+          false};
 }
+// Rows up to which reading B in place is faster than packing it: along k (measured on Zen 5), and
+// along n, see streamed_rows.h. The matrix unit makes up for packing sooner, unless it takes the
+// few rows itself, see few_rows_amx.h (Sapphire Rapids).
+template <typename D>
+int64_t most_few_rows(const Right<D>& b) {
+  if (!b.few) return 0;
+  if (D::kInMatrixUnit) return b.in_lanes ? 64 : b.streamed ? 4 : 2;
+  return b.streamed ? 12 : 16;
+}
+
 // A weight W (out, in) as the B of x Wᵀ, and as that of dy W.
 template <typename D, typename T>
 Right<D> transpose_of(const MatrixView& w) {

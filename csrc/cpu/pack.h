@@ -26,7 +26,13 @@ FT_INLINE UVec load_row_lanes(const T* p, int64_t left) {
   if constexpr (D::kPerLane == 1) {
     return as<UVec>(load(p, left < 0 ? 0 : left));
   } else {
-    static_assert(sizeof(T) == 2);
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, int8_t>) {  // all of int8 is exact in bf16
+      const Vec low = load(p, left < 0 ? 0 : left);
+      const Vec high = load(p + kWidth, left < kWidth ? 0 : left - kWidth);
+      return (UVec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    }
+#endif
     if (left >= 2 * kWidth) return load_bits<UVec>(p);
 #if defined(__AVX512BW__)
     const auto mask = static_cast<__mmask32>(left > 0 ? (uint32_t{1} << left) - 1 : 0);

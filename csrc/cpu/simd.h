@@ -30,7 +30,7 @@ inline constexpr int kWidth = 4;
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t IVec __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t UVec __attribute__((vector_size(4 * kWidth)));
-typedef uint16_t HVec __attribute__((vector_size(2 * kWidth)));  // 16-bit storage of one Vec
+typedef uint16_t HVec __attribute__((vector_size(2 * kWidth)));   // 16-bit storage of one Vec
 typedef uint16_t HPair __attribute__((vector_size(4 * kWidth)));  // two of them
 typedef uint64_t U64Vec __attribute__((vector_size(4 * kWidth)));
 
@@ -260,6 +260,25 @@ FT_INLINE void store(T* p, Vec v, int64_t n) {
   store(t, v);
   std::memcpy(p, t, n * sizeof(T));
 #endif
+}
+
+// Whole numbers, as weights of int8 are.
+FT_INLINE Vec load(const int8_t* p) {
+#if defined(__AVX512F__)
+  const __m128i v = load_bits<__m128i>(p);
+  return (Vec)_mm512_maskz_cvtepi32_ps(kAllLanes, _mm512_maskz_cvtepi8_epi32(kAllLanes, v));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load_bits<int64_t>(p))));
+#else
+  typedef int8_t BVec __attribute__((vector_size(kWidth)));
+  return __builtin_convertvector(load_bits<BVec>(p), Vec);
+#endif
+}
+FT_INLINE Vec load(const int8_t* p, int64_t n) {
+  if (n >= kWidth) return load(p);
+  int8_t t[kWidth] = {};
+  std::memcpy(t, p, n);
+  return load(t);
 }
 
 // ---- 2^x for x <= 127, on 2^x = 2^n 2^f with n = round(x) and |f| <= 1/2.

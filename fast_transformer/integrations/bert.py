@@ -14,8 +14,16 @@ from torch import Tensor, nn
 
 from fast_transformer.integrations import masks
 from fast_transformer.nn.padding import Packing, readable
-from fast_transformer.nn.plain import any_hooked, hooked, is_linear, linear, plain, residual_norm
-from fast_transformer.ops import attention, attention_varlen, linear_act, mlp
+from fast_transformer.nn.plain import (
+    any_hooked,
+    hooked,
+    is_linear,
+    linear,
+    perceptron,
+    plain,
+    residual_norm,
+)
+from fast_transformer.ops import attention, attention_varlen, linear_act
 
 PREFIXES = {  # transformers.models.<family>.modeling_<family> -> how its classes' names begin
     "bert": "Bert",
@@ -154,8 +162,7 @@ def _mlp(inner: Any, outer: Any, x: Tensor) -> Tensor:
     name = activation_of(inner.intermediate_act_fn)
     fused = is_linear(inner.dense) and name is not None
     if fused and is_linear(outer):
-        first = inner.dense
-        return mlp(x, first.weight, first.bias, outer.weight, outer.bias, activation=name)
+        return perceptron(inner.dense, outer, name, x)
     if fused:
         hidden = linear_act(x, inner.dense.weight, inner.dense.bias, activation=name)
     else:

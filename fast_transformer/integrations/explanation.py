@@ -13,6 +13,7 @@ from fast_transformer.backends import record
 from fast_transformer.integrations import registry
 from fast_transformer.integrations.costs import costs as costs_of
 from fast_transformer.integrations.swap import candidates
+from fast_transformer.nn.packed_weights import packed_parameters
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Explanation:
         costs: (name, what it costs) of what keeps a swapped module from fusing all it could.
         calls: (op, backend) -> how often; None when `explain` was given no inputs.
         reasons: (op, backend, reason) why a backend that comes earlier did not run the op.
+        packed_bytes: of the weights that are packed beside the parameters.
+        packed_error: the largest error of one in int8, relative to the largest weight of its row.
     """
 
     model: str
@@ -34,6 +37,8 @@ class Explanation:
     costs: tuple[tuple[str, str], ...]
     calls: dict[tuple[str, str], int] | None = None
     reasons: tuple[tuple[str, str, str], ...] = field(default=())
+    packed_bytes: int = 0
+    packed_error: float = 0.0
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.swapped)} modules swapped, {len(self.stayed)} stayed"]
@@ -45,6 +50,10 @@ class Explanation:
         lines += _section(
             "costs", [(name, what) for what, name in _names((w, n) for n, w in self.costs)]
         )
+        if self.packed_bytes:
+            error = f", int8 errs by up to {self.packed_error:.2%} of a row's largest weight"
+            size = f"{self.packed_bytes / 2**20:.1f} MB beside the parameters"
+            lines.append(f"packed weights: {size}{error if self.packed_error else ''}")
         if self.calls is not None:
             rows = [(op, f"{backend} × {n}") for (op, backend), n in sorted(self.calls.items())]
             lines += _section("calls in one forward pass", rows or [("no op of ours", "")])
@@ -74,6 +83,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         for child, what in costs_of(module):
             costs.append((".".join(filter(None, (name, child))), what))
     calls, reasons = None, {}
+    packed = [kept.held for _, _, kept in packed_parameters(model) if kept.held is not None]
     if inputs or kwargs:
         with torch.random.fork_rng(), torch.no_grad(), record() as recorded:
             model(*inputs, **kwargs)
@@ -93,6 +103,8 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         costs=tuple(costs),
         calls=calls,
         reasons=tuple(reasons),
+        packed_bytes=sum(weight.nbytes for weight in packed),
+        packed_error=max((weight.error for weight in packed), default=0.0),
     )
 
 

@@ -14,6 +14,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fast_transformer import ops
 from fast_transformer.nn.norm import LayerNorm
+from fast_transformer.nn.packed_weights import packed_weight
+from fast_transformer.ops.packed import packed_linear, packed_mlp
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # transformers leaves its recorder on modules for good; it does nothing unless outputs are asked for
@@ -70,7 +72,10 @@ def activation_name(activation: Any) -> str | None:
 def linear(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, (..., K) → (..., N), fused when it is a plain linear layer."""
     if is_linear(module):
-        return ops.linear_act(x, module.weight, module.bias)  # type: ignore[arg-type]
+        weight, bias = packed_weight(module, x), module.bias
+        if weight is not None:
+            return packed_linear(x, weight, bias)  # type: ignore[arg-type]
+        return ops.linear_act(x, module.weight, bias)  # type: ignore[arg-type]
     y: Tensor = module(x)
     return y
 
@@ -118,9 +123,21 @@ def feed_forward(
         name = None
     if name is None or not (is_linear(first) and is_linear(second) and plain(dropout, nn.Dropout)):
         return linear(second, dropout(activation(linear(first, x))))
+    return perceptron(first, second, name, x, _rate(dropout, x)[1])
+
+
+def perceptron(
+    first: nn.Module, second: nn.Module, activation: str, x: Tensor, dropout_p: float = 0.0
+) -> Tensor:
+    """`second(dropout(activation(first(x))))` of two plain linear layers, in one op."""
+    w1, w2 = packed_weight(first, x), packed_weight(second, x)
+    if w1 is not None and w2 is not None and dropout_p == 0.0:
+        return packed_mlp(
+            x, w1, first.bias, w2, second.bias, activation=activation  # type: ignore[arg-type]
+        )  # fmt: skip
     return ops.mlp(
         x, first.weight, first.bias, second.weight, second.bias,  # type: ignore[arg-type]
-        activation=name, dropout_p=_rate(dropout, x)[1],
+        activation=activation, dropout_p=dropout_p,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from fast_transformer import reference
 from fast_transformer.backends import Backend, choose
 from fast_transformer.ops import arguments, cpu
 
-_CODES = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}  # as csrc/common/mlp.h
+CODES = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}  # as csrc/common/mlp.h
 
 
 def linear_act(
@@ -123,12 +123,12 @@ def _check_layer(op, x, source, features, weight_name, weight, bias_name, bias):
 
 def _code(op, activation):
     named = activation is None or isinstance(activation, str)
-    if not named or activation not in _CODES:
+    if not named or activation not in CODES:
         raise ValueError(
             f"{op}: activation is {activation!r}; accepted are None, 'gelu', 'gelu_tanh', 'relu' "
             "and 'silu'."
         )
-    return _CODES[activation]
+    return CODES[activation]
 
 
 def _needs_grad(x, weight, bias):
