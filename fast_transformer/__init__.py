@@ -32,6 +32,7 @@ __all__ = [
     "merge_attention",
     "mlp",
     "nn",
+    "optim",
     "relative_attention",
     "restore",
     "strict",
@@ -44,8 +45,8 @@ _LAZY = ("accelerate", "explain", "restore")  # their module knows of transforme
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name == "nn":
-        return import_module("fast_transformer.nn")
+    if name in ("nn", "optim"):
+        return import_module(f"fast_transformer.{name}")
     if name in _LAZY:
         return getattr(import_module("fast_transformer.integrations"), name)
     raise AttributeError(f"module 'fast_transformer' has no attribute {name!r}")

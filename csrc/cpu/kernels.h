@@ -1,5 +1,6 @@
 // The table that each instruction set's library exports: its only symbol is `ft_cpu_kernels`.
 #pragma once
+#include "../common/adamw.h"
 #include "../common/attention.h"
 #include "../common/decode.h"
 #include "../common/mlp.h"
@@ -19,6 +20,8 @@ struct Kernels {
   void (*mlp_fwd)(const MlpParams&, const Parallel&);
   void (*mlp_bwd)(const MlpGradParams&, const Parallel&);
   void (*attention_decode)(const DecodeParams&, const Parallel&);
+  void (*adamw)(const AdamWParams&, const Parallel&);
+  double (*sum_of_squares)(const SquaresParams&, const Parallel&);
 
   // Of one core, a second: see peak.cpp.
   double (*peak_flops)(DType);
