@@ -1,7 +1,7 @@
 """Optimizers: torch.optim's, with the step of a whole group in one pass over its memory."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from operator import is_
 from typing import Any, NamedTuple, overload
 
@@ -12,15 +12,17 @@ from torch.optim.optimizer import ParamsT
 from fast_transformer import reference
 from fast_transformer.ops import adamw
 
-State = dict[str, Tensor]  # of one parameter
-
 
 class _Taken(NamedTuple):
-    """A group that the kernels took whole."""
+    """A group that the kernels took whole: its parameters with a gradient, and what it asked."""
 
     params: list[Tensor]
-    states: list[State]
     flags: tuple[bool, ...]
+
+    def goes_on(self, params: list[Tensor], flags: tuple[bool, ...]) -> bool:
+        """Tell whether they are the same."""
+        same = len(params) == len(self.params) and all(map(is_, params, self.params))
+        return same and flags == self.flags
 
 
 class AdamW(torch.optim.AdamW):
@@ -133,60 +135,50 @@ class AdamW(torch.optim.AdamW):
         scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
         if self.max_grad_norm is None or not parts:
             return scale
-        norm = adamw.grad_norm(parts)
-        self.grad_norm = norm = norm if scale == 1.0 else norm * scale
+        norm = adamw.grad_norm(parts) * scale
+        self.grad_norm = (
+            norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float32)
+        )
         if self.max_grad_norm == math.inf:
             return scale
-        coefficient = reference.clip_coefficient(norm, self.max_grad_norm) * scale
-        return float(coefficient) if any(part.backend == "cpu" for part in parts) else coefficient
+        return reference.clip_coefficient(norm, self.max_grad_norm) * scale
 
     def _parts(self) -> list[adamw.Part]:
-        """Who updates what: of every group its tensors, in the hands of one backend or of two.
-
-        Looking at every tensor takes longer than updating a small one. So a group that the kernels
-        took whole is theirs until its parameters, states or flags are others; that tensors changed
-        under the same name the kernels find out, before they touch anything, and raise.
-        """
-        if not (_same(self._keys, self.state) and _same(self._states, self.state.values())):
-            self._forget()
-        found = [part for group in self.param_groups for part in self._parts_of(group)]
-        if len(self._keys) != len(self.state):
-            self._keys[:], self._states[:] = self.state, self.state.values()
-        return found
+        """Who updates what: of every group its tensors, in the hands of one backend or of two."""
+        return [part for group in self.param_groups for part in self._parts_of(group)]
 
     def _parts_of(self, group: adamw.Group) -> list[adamw.Part]:
-        params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+        """Divide a group, or do as at the last step.
+
+        Looking at every tensor takes longer than updating a small one. So a group that the kernels
+        took whole is theirs until its parameters or flags are others; that tensors changed under
+        the same name they find out before they touch anything, and raise.
+        """
+        params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return []
         flags = (group["capturable"], group["differentiable"], group["decoupled_weight_decay"])
+        states: list[dict[str, Tensor]] = [self.state[p] for p in params]
         taken = self._taken.get(id(group))
-        if taken is not None and taken.flags == flags and _same(taken.params, params):
+        if taken is not None and taken.goes_on(params, flags) and all(states):
             tensors = adamw.Tensors(
                 params,
-                [p.grad for p in params if p.grad is not None],
-                [state["exp_avg"] for state in taken.states],
-                [state["exp_avg_sq"] for state in taken.states],
-                [state["max_exp_avg_sq"] for state in taken.states] if group["amsgrad"] else [],
-                [state["step"] for state in taken.states],
+                [p.grad for p in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
+                [state["step"] for state in states],
             )
             return [adamw.part(tensors, group)]
         tensors = adamw.Tensors([], [], [], [], [], [])
         self._init_group(group, *tensors)  # type: ignore[no-untyped-call]
         parts = adamw.parts(tensors, group)
         if len(parts) == 1 and parts[0].backend == "cpu":
-            states: list[State] = [self.state[p] for p in params]
-            self._taken[id(group)] = _Taken(params, states, flags)
+            self._taken[id(group)] = _Taken(params, flags)
         return parts
 
     def _forget(self) -> None:
         self._taken: dict[int, _Taken] = {}
-        self._keys: list[Tensor] = []
-        self._states: list[State] = []
-
-
-def _same(some: Sequence[object], others: Collection[object]) -> bool:
-    """Tell whether both hold the same objects in the same order."""
-    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def _checked(max_grad_norm: float | None) -> float | None:

@@ -8,6 +8,7 @@
 #include "../common/adamw.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "parallel.h"
 #include "scratch.h"
@@ -87,10 +88,13 @@ class Squares {
 
 // ---- The step
 
-// A double as two floats. A float β₂ of 0.999 is off by 1e-8, which 1 / (1 - β₂) makes 1e-5 of v.
+// β as two floats, since 1 / (1 - β₂) turns the rounding of a float 0.999 into 1e-5 of v. The lower
+// one is above zero too, so that an infinite v stays infinite.
 struct Split {
-  explicit Split(double x)
-      : high(static_cast<float>(x)), low(static_cast<float>(x - static_cast<double>(high))) {}
+  explicit Split(double x) : high(static_cast<float>(x)) {
+    if (high >= x) high = std::nextafter(high, 0.0f);
+    low = static_cast<float>(x - high);
+  }
   float high, low;
   FT_INLINE Vec times(Vec x, Vec plus) const {
     return fma(broadcast(high), x, fma(broadcast(low), x, plus));

@@ -1,5 +1,6 @@
 """What fast_transformer.optim is made of: AdamW on many tensors, and the norm of gradients."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -126,18 +127,16 @@ def step(part: Part, scale: float | Tensor) -> None:
     BACKENDS[part.backend].forward(*part.tensors, part.group, scale)
 
 
-def grad_norm(found: Sequence[Part]) -> Tensor:
-    """Return the L2 norm of all gradients: 0-d, float32 where the kernels have a part in it."""
+def grad_norm(found: Sequence[Part]) -> float | Tensor:
+    """Return the L2 norm of all gradients: a number where the kernels have a part in it."""
     grads = [g for part in found if part.backend == "cpu" for g in part.tensors.grads]
     others = [g for part in found if part.backend != "cpu" for g in part.tensors.grads]
     if not grads:
         return reference.grad_norm(others)
-    squares = _squares(grads)
+    squares = _squares(grads).item()
     if others:
-        rest = reference.grad_norm(others)
-        rest = rest.full_tensor() if hasattr(rest, "full_tensor") else rest
-        squares = squares + rest.detach().to(squares).square()
-    return squares.sqrt().float()
+        squares += float(reference.grad_norm(others)) ** 2
+    return math.sqrt(squares)
 
 
 def _cpu(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, group, scale):

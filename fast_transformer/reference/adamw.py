@@ -13,9 +13,11 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(grads)
 
 
-def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+def clip_coefficient(norm: float | Tensor, max_norm: float) -> float | Tensor:
     """By what torch.nn.utils.clip_grad_norm_ multiplies gradients: min(1, max_norm / norm)."""
-    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    coefficient = max_norm / (norm + 1e-6)
+    # in this order a NaN stays one
+    return coefficient.clamp(max=1.0) if isinstance(coefficient, Tensor) else min(coefficient, 1.0)
 
 
 def adamw_(
