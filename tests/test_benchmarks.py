@@ -94,7 +94,7 @@ def test_all_that_is_quick_is_measured_into_one_file(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "budget +3 µs" in done.stdout and "budget +9 µs" in done.stdout
     found = figures(tmp_path)
-    assert {r["suite"] for r in found["results"]} == {*SUITES, "calls"}
+    assert {r["suite"] for r in found["results"]} == {*SUITES, "optimizer", "calls"}
     assert {x["what"] for x in found["roofline"]} == {"fp32", "bf16", "read", "copy", "streaming"}
     assert {x["isa"] for x in found["roofline"]} == {_library.status().isa}
     assert all(x["rate"] > 1e7 for x in found["roofline"])
