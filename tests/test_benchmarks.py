@@ -83,6 +83,32 @@ def test_a_suite_runs(suite, case, tmp_path):
 
 
 @needs_kernels
+def test_the_optimizer_is_measured(tmp_path):
+    options = ("--only", "200x", "--rounds", "1", "--output", str(tmp_path))
+    done = bench("--suite", "optimizer", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = figures(tmp_path)["results"]
+    assert [(r["dtype"], r["kind"]) for r in found] == [
+        (dtype, kind) for dtype in ("fp32", "bf16") for kind in ("step", "clipped step")
+    ]
+    for r in found:
+        assert r["wrong"] is None and r["backend"] == "cpu" and r["error"] > 0
+        assert r["timings"].keys() == {"ours", "fused", "foreach", "for-loop"}
+
+
+@needs_kernels
+def test_a_wrong_step_is_not_timed(tmp_path):
+    spoil = (
+        "from fast_transformer import optim; right = optim.AdamW._scale; "
+        "optim.AdamW._scale = lambda *a: 1.01 * right(*a); "
+    )
+    options = ("--only", "200x", "--dtype", "fp32", "--output", str(tmp_path))
+    done = bench("--suite", "optimizer", *options, before=spoil)
+    assert done.returncode == 1 and "WRONG, so not timed" in done.stdout
+    assert all(r["wrong"] and not r["timings"] for r in figures(tmp_path)["results"])
+
+
+@needs_kernels
 def test_all_that_is_quick_is_measured_into_one_file(tmp_path):
     """But the models, which are another test's."""
     smaller = (
