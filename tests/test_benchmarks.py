@@ -88,8 +88,8 @@ def test_the_optimizer_is_measured(tmp_path):
     done = bench("--suite", "optimizer", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     found = figures(tmp_path)["results"]
-    assert [(r["dtype"], r["kind"]) for r in found] == [
-        (dtype, kind) for dtype in ("fp32", "bf16") for kind in ("step", "clipped step")
+    assert [(r["dtype"], r["step"]) for r in found] == [
+        (dtype, step) for dtype in ("fp32", "bf16") for step in ("step", "clipped")
     ]
     for r in found:
         assert r["wrong"] is None and r["backend"] == "cpu" and r["error"] > 0
