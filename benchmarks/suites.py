@@ -11,6 +11,7 @@ from fast_transformer.benchmarks import (
     bench_mlp,
     bench_models,
     bench_norm,
+    bench_optimizer,
     bench_relative,
     roofline,
 )
@@ -21,7 +22,7 @@ OPS = {
     suite.SUITE: suite
     for suite in (bench_attention, bench_relative, bench_decode, bench_norm, bench_mlp)
 }
-SUITES = (roofline.SUITE, *OPS, bench_calls.SUITE, bench_models.SUITE)
+SUITES = (roofline.SUITE, *OPS, bench_optimizer.SUITE, bench_calls.SUITE, bench_models.SUITE)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def results(suite: str, o: Options) -> Iterator[Result]:
     """Run one suite against its peers."""
     if suite in OPS:
         yield from op_results(suite, o)
+    elif suite == bench_optimizer.SUITE:
+        yield from bench_optimizer.results(o.only, o.dtypes, o.rounds, o.compiled, o.quick)
     elif suite == bench_calls.SUITE:
         for name, pair in bench_calls.pairs().items():
             if o.only in name:

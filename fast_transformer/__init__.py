@@ -32,6 +32,7 @@ __all__ = [
     "merge_attention",
     "mlp",
     "nn",
+    "optim",
     "relative_attention",
     "repack",
     "restore",
@@ -39,19 +40,15 @@ __all__ = [
     "t5_buckets",
 ]
 
-_LAZY = (
-    "accelerate",
-    "explain",
-    "repack",
-    "restore",
-)  # their module knows of transformers, when it is there
+# their module knows of transformers, when it is there
+_LAZY = ("accelerate", "explain", "repack", "restore")
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name == "nn":
-        return import_module("fast_transformer.nn")
+    if name in ("nn", "optim"):
+        return import_module(f"fast_transformer.{name}")
     if name in _LAZY:
         return getattr(import_module("fast_transformer.integrations"), name)
     raise AttributeError(f"module 'fast_transformer' has no attribute {name!r}")

@@ -83,6 +83,32 @@ def test_a_suite_runs(suite, case, tmp_path):
 
 
 @needs_kernels
+def test_the_optimizer_is_measured(tmp_path):
+    options = ("--only", "200x", "--rounds", "1", "--output", str(tmp_path))
+    done = bench("--suite", "optimizer", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = figures(tmp_path)["results"]
+    assert [(r["dtype"], r["step"]) for r in found] == [
+        (dtype, step) for dtype in ("fp32", "bf16") for step in ("step", "clipped")
+    ]
+    for r in found:
+        assert r["wrong"] is None and r["backend"] == "cpu" and r["error"] > 0
+        assert r["timings"].keys() == {"ours", "fused", "foreach", "for-loop"}
+
+
+@needs_kernels
+def test_a_wrong_step_is_not_timed(tmp_path):
+    spoil = (
+        "from fast_transformer import optim; right = optim.AdamW._scale; "
+        "optim.AdamW._scale = lambda *a: 1.01 * right(*a); "
+    )
+    options = ("--only", "200x", "--dtype", "fp32", "--output", str(tmp_path))
+    done = bench("--suite", "optimizer", *options, before=spoil)
+    assert done.returncode == 1 and "WRONG, so not timed" in done.stdout
+    assert all(r["wrong"] and not r["timings"] for r in figures(tmp_path)["results"])
+
+
+@needs_kernels
 def test_all_that_is_quick_is_measured_into_one_file(tmp_path):
     """But the models, which are another test's."""
     smaller = (
@@ -94,7 +120,7 @@ def test_all_that_is_quick_is_measured_into_one_file(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "budget +3 µs" in done.stdout and "budget +9 µs" in done.stdout
     found = figures(tmp_path)
-    assert {r["suite"] for r in found["results"]} == {*SUITES, "calls"}
+    assert {r["suite"] for r in found["results"]} == {*SUITES, "optimizer", "calls"}
     assert {x["what"] for x in found["roofline"]} == {"fp32", "bf16", "read", "copy", "streaming"}
     assert {x["isa"] for x in found["roofline"]} == {_library.status().isa}
     assert all(x["rate"] > 1e7 for x in found["roofline"])

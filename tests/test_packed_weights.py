@@ -15,7 +15,9 @@ from fast_transformer.nn.packed_weights import PackedParameter, packed_parameter
 from fast_transformer.ops import packed as ops
 from fast_transformer.reference import linear_act, mlp
 
-SHAPES = [(1, 1, 1), (3, 5, 7), (2, 63, 65), (4, 40, 50), (17, 127, 130), (65, 800, 96), (197, 70, 333)]  # fmt: skip
+SHAPES = [
+    (1, 1, 1), (3, 5, 7), (2, 63, 65), (4, 40, 50), (17, 127, 130), (65, 800, 96), (197, 70, 333),
+]  # fmt: skip
 
 
 def layer(N, K, dtype):
@@ -57,9 +59,8 @@ def test_int8_is_what_it_stands_for(kernels, shape, dtype):
     assert packed.data.dtype == torch.int8 and packed.data.abs().max() == 127
     row = weight.double().abs().amax(1)
     assert ((rounded - weight.double()).abs().amax(1) <= row / 254 * (1 + 1e-4)).all()
-    assert packed.error == pytest.approx(
-        ((rounded - weight).abs().amax(1) / row).max().item(), abs=1e-6
-    )
+    error = ((rounded - weight).abs().amax(1) / row).max().item()
+    assert packed.error == pytest.approx(error, abs=1e-6)
     exact = linear_act(x.double(), rounded, bias.double())
     same = linear_act(x, rounded.to(dtype), bias)
     judged(ops.packed_linear(x, packed, bias), same, exact)
@@ -258,9 +259,7 @@ def test_inference_tensors_use_the_parameter(kernels):
 
 def test_an_unknown_wish_is_refused():
     model = encoder()
-    with pytest.raises(
-        ValueError, match="inference is 'int4'; accepted are False, True and 'int8'"
-    ):
+    with pytest.raises(ValueError, match="'int4'; accepted are False, True and 'int8'"):
         ft.accelerate(model, inference="int4")
     assert not any("_stock_class" in m.__dict__ for m in model.modules())
     with pytest.raises(TypeError, match="repack: model must be"):

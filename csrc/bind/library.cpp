@@ -96,6 +96,14 @@ STABLE_TORCH_LIBRARY(fast_transformer, m) {
       "Tensor? alibi_slopes, float scale, bool causal, int window_left, int window_right, "
       "float softcap) -> (Tensor out, Tensor lse)");
 
+  // Of every tensor a parameter, its gradient and its state; steps are 0-d and counted up.
+  // max_exp_avg_sqs: as many, or none.
+  m.def(
+      "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, float lr, "
+      "float beta1, float beta2, float weight_decay, float eps, float grad_scale) -> ()");
+  m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
+
   m.def("isa() -> str");
   m.def("load_kernels(str path) -> ()");
 }

@@ -28,12 +28,11 @@ inline int32_t scalar_type(const Tensor& t) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
   return type;
 }
-inline DType dtype(const Tensor& t) {
+inline DType dtype(int32_t type) {
   static const int32_t float32 = aoti_torch_dtype_float32();
   static const int32_t bfloat16 = aoti_torch_dtype_bfloat16();
   static const int32_t float16 = aoti_torch_dtype_float16();
   static const int32_t boolean = aoti_torch_dtype_bool();
-  const int32_t type = scalar_type(t);
   STD_TORCH_CHECK(type == float32 || type == bfloat16 || type == float16 || type == boolean,
                   "fast_transformer: the CPU kernels take float32, bfloat16, float16 (and bool for "
                   "masks)");
@@ -42,6 +41,7 @@ inline DType dtype(const Tensor& t) {
          : type == float16  ? DType::kFloat16
                             : DType::kBool;
 }
+inline DType dtype(const Tensor& t) { return dtype(scalar_type(t)); }
 
 // A tensor that the call makes. `size` gives the shape; `memory_order`, where given, the order of
 // dimensions in memory, outermost first ({0, 2, 1, 3}: (B, H, T, D) laid out as (B, T, H, D)).

@@ -1,5 +1,6 @@
 // The table that each instruction set's library exports: its only symbol is `ft_cpu_kernels`.
 #pragma once
+#include "../common/adamw.h"
 #include "../common/attention.h"
 #include "../common/decode.h"
 #include "../common/mlp.h"
@@ -25,6 +26,8 @@ struct Kernels {
                       const Parallel&);
   void (*packed_linear)(const PackedLinearParams&, const Parallel&);
   void (*packed_mlp)(const PackedMlpParams&, const Parallel&);
+  void (*adamw)(const AdamWParams&, const Parallel&);
+  double (*sum_of_squares)(const SquaresParams&, const Parallel&);
 
   // Of one core, a second: see peak.cpp.
   double (*peak_flops)(DType);

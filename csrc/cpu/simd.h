@@ -33,6 +33,7 @@ typedef uint32_t UVec __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t HVec __attribute__((vector_size(2 * kWidth)));   // 16-bit storage of one Vec
 typedef uint16_t HPair __attribute__((vector_size(4 * kWidth)));  // two of them
 typedef uint64_t U64Vec __attribute__((vector_size(4 * kWidth)));
+typedef double DVec __attribute__((vector_size(4 * kWidth)));  // half as many lanes
 
 FT_INLINE Vec broadcast(float x) { return x - Vec{}; }  // x - 0 is x, so only the broadcast is left
 FT_INLINE Vec zero() { return Vec{}; }
@@ -86,6 +87,31 @@ FT_INLINE Vec min(Vec a, Vec b) {
   return a < b ? a : b;
 #endif
 }
+FT_INLINE Vec sqrt(Vec a) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_sqrt_ps(kAllLanes, (__m512)a);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_sqrt_ps((__m256)a);
+#elif defined(__x86_64__)
+  return (Vec)_mm_sqrt_ps((__m128)a);
+#else
+  return (Vec)vsqrtq_f32((float32x4_t)a);
+#endif
+}
+#if defined(__AVX512F__)
+// Within 2⁻¹⁴ of 1 / a and of 1 / √a; of the latter 0 where a is 0.
+FT_INLINE Vec estimate_reciprocal(Vec a) {
+  return (Vec)_mm512_maskz_rcp14_ps(kAllLanes, (__m512)a);
+}
+FT_INLINE Vec estimate_reciprocal_sqrt(Vec a) {
+  const __mmask16 some = _mm512_cmp_ps_mask((__m512)a, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+  return (Vec)_mm512_maskz_rsqrt14_ps(some, (__m512)a);
+}
+FT_INLINE bool all_finite(Vec a) {
+  constexpr int kNanOrInfinite = 0x99;
+  return _mm512_fpclass_ps_mask((__m512)a, kNanOrInfinite) == 0;
+}
+#endif
 FT_INLINE Vec abs(Vec a) { return as<Vec>(as<UVec>(a) & 0x7fffffffu); }
 
 // The sum of all lanes, in one fixed order: halves, quarters, …
@@ -112,6 +138,26 @@ FT_INLINE float sum(Vec v) {
     for (int i = 0; i < step; ++i) t[i] += t[i + step];
   }
   return t[0];
+#endif
+}
+
+// The lanes as doubles, the lower half of them and the upper.
+struct Doubles {
+  DVec low, high;
+};
+FT_INLINE Doubles to_double(Vec v) {
+#if defined(__AVX512F__)
+  const __m256 high = (__m256)_mm512_maskz_extractf32x8_ps(0xff, (__m512)v, 1);
+  return {(DVec)_mm512_maskz_cvtps_pd(0xff, _mm512_castps512_ps256((__m512)v)),
+          (DVec)_mm512_maskz_cvtps_pd(0xff, high)};
+#elif defined(__AVX2__)
+  return {(DVec)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)),
+          (DVec)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))};
+#elif defined(__x86_64__)
+  return {(DVec)_mm_cvtps_pd((__m128)v), (DVec)_mm_cvtps_pd(_mm_movehl_ps((__m128)v, (__m128)v))};
+#else
+  return {(DVec)vcvt_f64_f32(vget_low_f32((float32x4_t)v)),
+          (DVec)vcvt_high_f64_f32((float32x4_t)v)};
 #endif
 }
 

@@ -160,10 +160,9 @@ def _attend(module: Any, x: Tensor, mask: Tensor | Packing | None) -> Tensor:
 def _mlp(inner: Any, outer: Any, x: Tensor) -> Tensor:
     """The two products with the activation between them."""
     name = activation_of(inner.intermediate_act_fn)
-    fused = is_linear(inner.dense) and name is not None
-    if fused and is_linear(outer):
+    if name is not None and is_linear(inner.dense) and is_linear(outer):
         return perceptron(inner.dense, outer, name, x)
-    if fused:
+    if name is not None and is_linear(inner.dense):
         hidden = linear_act(x, inner.dense.weight, inner.dense.bias, activation=name)
     else:
         hidden = inner.intermediate_act_fn(linear(inner.dense, x))

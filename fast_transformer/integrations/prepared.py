@@ -1,4 +1,4 @@
-"""What `accelerate(inference=True)` prepares, and `repack`: packed weights beside the parameters."""
+"""What `accelerate(inference=True)` prepares: packed weights beside the parameters; `repack`."""
 
 from typing import Literal
 

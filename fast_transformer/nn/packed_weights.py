@@ -1,4 +1,4 @@
-"""Packed weights of modules: made once for inference, beside the parameters, which stay as they are.
+"""Packed weights of modules, made for inference, beside the parameters, which stay as they are.
 
 A packed weight is that of one parameter at one moment, told by its address, its version and its
 dtype. Where they changed it is packed anew; an edit through `.data` leaves no trace in them and

@@ -18,6 +18,11 @@ def operator(name: str):
     return None if _MISSING is not None else getattr(torch.ops.fast_transformer, name).default
 
 
+def missing() -> str | None:
+    """Answer why there are no CPU kernels, or None where they are loaded."""
+    return _MISSING
+
+
 def fake(name: str):
     """Register the decorated function as what FakeTensor and the compiler run for `name`."""
     if _MISSING is not None:

@@ -1,7 +1,7 @@
 """Layers whose weights were prepared once for many calls: as panels, or as int8 with scales.
 
-Modules hold such weights (`fast_transformer.nn.packed_weights`); the public functions never do, since a
-function cannot know whether its weight is still the one that was packed.
+Modules hold such weights (`fast_transformer.nn.packed_weights`); the public functions never do,
+since a function cannot know whether its weight is still the one that was packed.
 """
 
 from typing import NamedTuple

@@ -4,6 +4,7 @@ Matrix products run at the inputs' dtype; softmax, statistics and dropout at flo
 These functions check nothing: `fast_transformer.ops` does, before it calls them.
 """
 
+from fast_transformer.reference.adamw import adamw_, clip_coefficient, grad_norm
 from fast_transformer.reference.attention import attention, attention_varlen
 from fast_transformer.reference.decode import attention_decode
 from fast_transformer.reference.mlp import linear_act, mlp
@@ -11,10 +12,13 @@ from fast_transformer.reference.norm import add_norm, layer_norm
 from fast_transformer.reference.relative import relative_attention
 
 __all__ = [
+    "adamw_",
     "add_norm",
     "attention",
     "attention_decode",
     "attention_varlen",
+    "clip_coefficient",
+    "grad_norm",
     "layer_norm",
     "linear_act",
     "mlp",
