@@ -2,6 +2,7 @@
 #pragma once
 #include "../common/attention.h"
 #include "../common/decode.h"
+#include "../common/loss.h"
 #include "../common/mlp.h"
 #include "../common/norm.h"
 #include "../common/packed.h"
@@ -25,6 +26,10 @@ struct Kernels {
                       const Parallel&);
   void (*packed_linear)(const PackedLinearParams&, const Parallel&);
   void (*packed_mlp)(const PackedMlpParams&, const Parallel&);
+  void (*cross_entropy_fwd)(const CrossEntropyParams&, const Parallel&);
+  void (*cross_entropy_bwd)(const CrossEntropyGradParams&, const Parallel&);
+  void (*linear_cross_entropy_fwd)(const LinearCrossEntropyParams&, const Parallel&);
+  void (*linear_cross_entropy_bwd)(const LinearCrossEntropyGradParams&, const Parallel&);
 
   // Of one core, a second: see peak.cpp.
   double (*peak_flops)(DType);
