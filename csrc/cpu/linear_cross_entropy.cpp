@@ -17,7 +17,7 @@ template <typename D>
 constexpr int64_t kBlock = kSumLanes * D::kPerLane;
 // Few rows read the weight in place, and have nothing else to share between threads.
 template <typename D>
-constexpr int64_t kBlockOfFewRows = 64 * kBlock<D>;
+constexpr int64_t kBlockOfFewRows = 16 * kBlock<D>;
 
 template <typename F>
 void for_blocks(int64_t classes, int64_t block, const F& f) {
@@ -148,7 +148,7 @@ void forward(const LinearCrossEntropyParams& p, const Parallel& parallel) {
     losses.ignore(r);
     p.statistics[r] = {0.0f, 0.0f};
   }
-  const int64_t rows = counted.count(), block = rows > kFewRows ? kBlock<D> : kBlockOfFewRows<D>;
+  const int64_t rows = counted.count(), block = rows > most_few_rows<D>(false) ? kBlock<D> : kBlockOfFewRows<D>;
   const int64_t ld = round_up(panels(std::min(block, p.classes)), kWidth);
   PanelSums sums{nullptr, nullptr, nullptr, ld};
   RowSums* row_sums;
