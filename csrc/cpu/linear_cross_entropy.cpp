@@ -11,13 +11,11 @@
 namespace ft::FT_ISA {
 namespace {
 
-// The vocabulary is cut into blocks of whole panels: about as many classes as are multiplied by the
+// The vocabulary is cut into blocks of whole panels: as many classes as are multiplied by the
 // weight with one sum. What is packed of the weight and the logits of a block stay near L2.
-template <typename D>
-constexpr int64_t kBlock = kSumLanes * D::kPerLane;
+constexpr int64_t kBlock = kSumLanes;
 // Few rows read the weight in place, and have nothing else to share between threads.
-template <typename D>
-constexpr int64_t kBlockOfFewRows = 16 * kBlock<D>;
+constexpr int64_t kBlockOfFewRows = 16 * kBlock;
 
 template <typename F>
 void for_blocks(int64_t classes, int64_t block, const F& f) {
@@ -148,7 +146,8 @@ void forward(const LinearCrossEntropyParams& p, const Parallel& parallel) {
     losses.ignore(r);
     p.statistics[r] = {0.0f, 0.0f};
   }
-  const int64_t rows = counted.count(), block = rows > most_few_rows<D>(false) ? kBlock<D> : kBlockOfFewRows<D>;
+  const int64_t rows = counted.count(),
+                block = rows > most_few_rows<D>(false) ? kBlock : kBlockOfFewRows;
   const int64_t ld = round_up(panels(std::min(block, p.classes)), kWidth);
   PanelSums sums{nullptr, nullptr, nullptr, ld};
   RowSums* row_sums;
@@ -316,7 +315,7 @@ void backward(const LinearCrossEntropyGradParams& p, const Parallel& parallel) {
     return;
   }
   const LossGradients gradients(p.options, p.target, p.rows, p.grad_loss);
-  const int64_t ld = round_up(std::min(kBlock<D>, p.classes), 64) + 64 / sizeof(Kept<T>);
+  const int64_t ld = round_up(std::min(kBlock, p.classes), 64) + 64 / sizeof(Kept<T>);
   Scratch scratch(Scratch::bytes<Row>(rows) + Scratch::bytes<Kept<T>>(rows * ld));
   Row* const each = scratch.take<Row>(rows);
   for (int64_t i = 0; i < rows; ++i) {
@@ -324,11 +323,11 @@ void backward(const LinearCrossEntropyGradParams& p, const Parallel& parallel) {
     each[i] = {RowGradient(p.options, p.statistics[r], gradients.of(r), p.classes), p.target[r]};
   }
   const RowsView dlogits{scratch.take<Kept<T>>(rows * ld), {ld}};
-  const int64_t blocks = ceil_div(p.classes, kBlock<D>);
-  const Packed<D> hidden(parallel, columns_along_n<D, T>(counted.hidden()), C, rows, kBlock<D>,
+  const int64_t blocks = ceil_div(p.classes, kBlock);
+  const Packed<D> hidden(parallel, columns_along_n<D, T>(counted.hidden()), C, rows, kBlock,
                          p.dweight ? blocks : 0);
   const HiddenSum<T> dhidden(p.dhidden, counted, p.rows, C);
-  for_blocks(p.classes, kBlock<D>, [&](int64_t first, int64_t n) {
+  for_blocks(p.classes, kBlock, [&](int64_t first, int64_t n) {
     const RowsView weight = rows_from<T>(p.weight, first);
     const T* const bias = p.bias ? static_cast<const T*>(p.bias) + first : nullptr;
     matmul(parallel, {rows, n, C}, rows_along_k<D, T>(counted.hidden(), C),
