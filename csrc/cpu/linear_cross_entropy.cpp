@@ -147,7 +147,8 @@ void forward(const LinearCrossEntropyParams& p, const Parallel& parallel) {
     p.statistics[r] = {0.0f, 0.0f};
   }
   const int64_t rows = counted.count(),
-                block = rows > most_few_rows<D>(false) ? kBlock : kBlockOfFewRows;
+                block = rows > most_few_rows(columns_along_k<D, T>(p.weight)) ? kBlock
+                                                                              : kBlockOfFewRows;
   const int64_t ld = round_up(panels(std::min(block, p.classes)), kWidth);
   PanelSums sums{nullptr, nullptr, nullptr, ld};
   RowSums* row_sums;
