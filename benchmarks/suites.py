@@ -8,6 +8,7 @@ from fast_transformer.benchmarks import (
     bench_attention,
     bench_calls,
     bench_decode,
+    bench_loss,
     bench_mlp,
     bench_models,
     bench_norm,
@@ -20,7 +21,7 @@ from fast_transformer.timing import interleaved
 
 OPS = {
     suite.SUITE: suite
-    for suite in (bench_attention, bench_relative, bench_decode, bench_norm, bench_mlp)
+    for suite in (bench_attention, bench_relative, bench_decode, bench_norm, bench_mlp, bench_loss)
 }
 SUITES = (roofline.SUITE, *OPS, bench_optimizer.SUITE, bench_calls.SUITE, bench_models.SUITE)
 

@@ -4,7 +4,7 @@ A case says what is computed, not on what: `case.inputs(dtype)` makes fresh argu
 function `case.op`, the same at every call. Cases for "test" are small and odd, those for "bench"
 have the sizes that models use, those for "long" take minutes; all are fixed, so that no kernel is
 tuned to be measured. A case's `kind` is the class that it is summed up in. Those of attention are
-in attention_cases.py and decode_cases.py.
+in attention_cases.py and decode_cases.py, those of losses in loss_cases.py.
 """
 
 from collections.abc import Iterable
@@ -22,12 +22,14 @@ from fast_transformer.attention_cases import (
     offsets,
 )
 from fast_transformer.decode_cases import DECODE_CASES, DecodeCase
+from fast_transformer.loss_cases import LOSS_CASES, LossCase
 
 __all__ = [
     "CASES",
     "DTYPES",
     "AttentionCase",
     "DecodeCase",
+    "LossCase",
     "MlpCase",
     "NormCase",
     "RelativeCase",
@@ -133,7 +135,7 @@ class MlpCase:
         return made
 
 
-Case = AttentionCase | RelativeCase | DecodeCase | NormCase | MlpCase
+Case = AttentionCase | RelativeCase | DecodeCase | NormCase | MlpCase | LossCase
 
 
 def _norm_tests() -> Iterable[NormCase]:
@@ -196,6 +198,7 @@ CASES: tuple[Case, ...] = (
     *_norm_benches(),
     *_mlp_tests(),
     *_mlp_benches(),
+    *LOSS_CASES,
 )
 
 

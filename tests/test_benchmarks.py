@@ -15,6 +15,7 @@ from fast_transformer.benchmarks import (
     attention_peers,
     bench_attention,
     bench_decode,
+    bench_loss,
     bench_mlp,
     bench_norm,
     bench_relative,
@@ -31,7 +32,7 @@ for needed in ("typer", "rich"):
 PROGRAM = "import sys; from fast_transformer.cli import main; sys.argv[0] = 'fast-transformer'; "
 SUITES = {
     suite.SUITE: suite
-    for suite in (bench_attention, bench_relative, bench_decode, bench_norm, bench_mlp)
+    for suite in (bench_attention, bench_relative, bench_decode, bench_norm, bench_mlp, bench_loss)
 }
 needs_kernels = pytest.mark.skipif(
     _library.status().reason is not None, reason=f"{_library.status().reason}"

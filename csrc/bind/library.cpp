@@ -89,6 +89,24 @@ STABLE_TORCH_LIBRARY(fast_transformer, m) {
       "packed_mlp(Tensor x, Tensor w1, Tensor? scale1, Tensor? b1, Tensor w2, Tensor? scale2, "
       "Tensor? b2, int hidden_features, int out_features, int activation) -> Tensor");
 
+  // loss: one float32 a row, or one. statistics: two for each row, see common/loss.h. reduction:
+  // the codes of ft::Reduction.
+  m.def(
+      "cross_entropy_fwd(Tensor logits, Tensor target, int ignore_index, float label_smoothing, "
+      "float z_loss, int reduction) -> (Tensor loss, Tensor statistics)");
+  m.def(
+      "cross_entropy_bwd(Tensor grad_loss, Tensor logits, Tensor target, Tensor statistics, "
+      "int ignore_index, float label_smoothing, float z_loss, int reduction) -> Tensor dlogits");
+  m.def(
+      "linear_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
+      "int ignore_index, float label_smoothing, float z_loss, int reduction) "
+      "-> (Tensor loss, Tensor statistics)");
+  m.def(
+      "linear_cross_entropy_bwd(Tensor grad_loss, Tensor hidden, Tensor weight, Tensor? bias, "
+      "Tensor target, Tensor statistics, int ignore_index, float label_smoothing, float z_loss, "
+      "int reduction, bool need_dhidden, bool need_dweight, bool need_dbias) "
+      "-> (Tensor dhidden, Tensor dweight, Tensor dbias)");
+
   // Writes new_key and new_value, where given, into the caches.
   m.def(
       "attention_decode(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, "

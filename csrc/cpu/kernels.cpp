@@ -24,6 +24,10 @@
   X(packed_mlp) \
   X(adamw) \
   X(sum_of_squares) \
+  X(cross_entropy_fwd) \
+  X(cross_entropy_bwd) \
+  X(linear_cross_entropy_fwd) \
+  X(linear_cross_entropy_bwd) \
   X(peak_flops) \
   X(read_bandwidth) \
   X(copy_bandwidth) \

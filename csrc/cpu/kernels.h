@@ -3,6 +3,7 @@
 #include "../common/adamw.h"
 #include "../common/attention.h"
 #include "../common/decode.h"
+#include "../common/loss.h"
 #include "../common/mlp.h"
 #include "../common/norm.h"
 #include "../common/packed.h"
@@ -28,6 +29,10 @@ struct Kernels {
   void (*packed_mlp)(const PackedMlpParams&, const Parallel&);
   void (*adamw)(const AdamWParams&, const Parallel&);
   double (*sum_of_squares)(const SquaresParams&, const Parallel&);
+  void (*cross_entropy_fwd)(const CrossEntropyParams&, const Parallel&);
+  void (*cross_entropy_bwd)(const CrossEntropyGradParams&, const Parallel&);
+  void (*linear_cross_entropy_fwd)(const LinearCrossEntropyParams&, const Parallel&);
+  void (*linear_cross_entropy_bwd)(const LinearCrossEntropyGradParams&, const Parallel&);
 
   // Of one core, a second: see peak.cpp.
   double (*peak_flops)(DType);

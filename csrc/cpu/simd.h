@@ -161,6 +161,26 @@ FT_INLINE Doubles to_double(Vec v) {
 #endif
 }
 
+// The largest of all lanes; which one, where some are NaN, is not said.
+FT_INLINE float largest_lane(Vec v) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  __m256 halves[2];
+  store_bits(halves, v);
+  const __m256 half = _mm256_max_ps(halves[0], halves[1]);
+#else
+  const __m256 half = (__m256)v;
+#endif
+  const __m128 x = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  const __m128 pair = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return pair[0] > pair[1] ? pair[0] : pair[1];
+#else
+  float top = v[0];
+  for (int i = 1; i < kWidth; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+#endif
+}
+
 // Lane numbers 0, 1, 2, … and the mask of the lanes below n.
 FT_INLINE IVec lane_numbers() {
   IVec v;

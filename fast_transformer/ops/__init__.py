@@ -6,6 +6,7 @@ its C++ operators, in this order of a call's travel.
 
 from fast_transformer.ops.attention import attention, attention_varlen
 from fast_transformer.ops.decode import attention_decode
+from fast_transformer.ops.loss import cross_entropy, linear_cross_entropy
 from fast_transformer.ops.merge import merge_attention
 from fast_transformer.ops.mlp import linear_act, mlp
 from fast_transformer.ops.norm import add_norm, layer_norm
@@ -16,8 +17,10 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "cross_entropy",
     "layer_norm",
     "linear_act",
+    "linear_cross_entropy",
     "merge_attention",
     "mlp",
     "relative_attention",
