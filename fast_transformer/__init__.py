@@ -14,6 +14,7 @@ from fast_transformer.ops import (
     merge_attention,
     mlp,
     relative_attention,
+    rms_norm,
     t5_buckets,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "relative_attention",
     "repack",
     "restore",
+    "rms_norm",
     "strict",
     "t5_buckets",
 ]

@@ -1,4 +1,5 @@
-// h = residual + dropout(x), out = norm(h) * weight + bias, and the gradients of it.
+// h = residual + dropout(x), out = norm(h) * weight + bias, and the gradients of it. The norm, and
+// whether there is a bias, is the class that norm.h makes of it.
 // Forward moves x, residual, h (where it is kept) and out through memory once; backward dout, h,
 // the gradient of h and dx. About 10 and 20 FLOPs an element: bytes are the cost, and Philox where
 // there is dropout. Both pass over a row twice, first for its sums; the second time it is in L1.
@@ -120,7 +121,7 @@ class Forward {
     const Norm norm = Norm::of_row(p_.channels, p_.eps, make,
                                    [&](int64_t j, int64_t n)
                                        __attribute__((always_inline)) { return load(h + j, n); });
-    p_.mean[r] = norm.mean();
+    if constexpr (Norm::kHasMean) p_.mean[r] = norm.mean();
     p_.rstd[r] = norm.rstd();
     return norm;
   }
@@ -129,7 +130,8 @@ class Forward {
     const float *weight = weight_, *bias = bias_;
     for_vectors(0, p_.channels, [&](int64_t j, int64_t n, int) __attribute__((always_inline)) {
       const Vec x_hat = norm.normalised(load(h + j, n));
-      store(out + j, fma(x_hat, load(weight + j, n), load(bias + j, n)), n);
+      const Vec scaled = x_hat * load(weight + j, n);
+      store(out + j, Norm::kHasBias ? scaled + load(bias + j, n) : scaled, n);
     });
   }
 
@@ -223,7 +225,7 @@ class Backward {
     const Dropout dropout = p_.dropout;
 
     const auto norm = Norm::Gradient::of_row(
-        channels, p_.mean[r], p_.rstd[r],
+        channels, Norm::kHasMean ? p_.mean[r] : 0.0f, p_.rstd[r],
         [&](int64_t j, int64_t n) __attribute__((always_inline)) {
           return rounded_product(load(grad_out + j, n), load(weight + j, n));
         },
@@ -238,7 +240,7 @@ class Backward {
         store(dx + j, drop(dh, draws + j, dropout.threshold, dropout.scale), n);
       }
       store(dweight + j, fma(g, x_hat, load(dweight + j)));
-      store(dbias + j, load(dbias + j) + g);
+      if constexpr (Norm::kHasBias) store(dbias + j, load(dbias + j) + g);
     });
   }
 
@@ -277,22 +279,26 @@ void backward(const NormGradParams& p, const Parallel& parallel) {
 
 void norm_fwd(const NormParams& p, const Parallel& parallel) {
   if (p.channels == 0) {  // rows without elements have no statistics
-    std::fill_n(p.mean, p.rows, 0.0f);
+    if (p.mean) std::fill_n(p.mean, p.rows, 0.0f);
     std::fill_n(p.rstd, p.rows, 0.0f);
     return;
   }
-  with_storage(p.dtype, [&](auto storage) {
-    with_flags(bool(p.residual), p.dropout.active(), [&](auto adds, auto drops) {
-      forward<LayerNorm, decltype(storage), adds, drops>(p, parallel);
+  with_norm(p.norm, [&](auto norm) {
+    with_storage(p.dtype, [&](auto storage) {
+      with_flags(bool(p.residual), p.dropout.active(), [&](auto adds, auto drops) {
+        forward<decltype(norm), decltype(storage), adds, drops>(p, parallel);
+      });
     });
   });
 }
 
 void norm_bwd(const NormGradParams& p, const Parallel& parallel) {
   if (p.channels == 0) return;
-  with_storage(p.dtype, [&](auto storage) {
-    with_flags(bool(p.dx), bool(p.grad_sum), [&](auto drops, auto adds_grad) {
-      backward<LayerNorm, decltype(storage), drops, adds_grad>(p, parallel);
+  with_norm(p.norm, [&](auto norm) {
+    with_storage(p.dtype, [&](auto storage) {
+      with_flags(bool(p.dx), bool(p.grad_sum), [&](auto drops, auto adds_grad) {
+        backward<decltype(norm), decltype(storage), drops, adds_grad>(p, parallel);
+      });
     });
   });
 }

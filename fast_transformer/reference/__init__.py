@@ -7,7 +7,7 @@ These functions check nothing: `fast_transformer.ops` does, before it calls them
 from fast_transformer.reference.attention import attention, attention_varlen
 from fast_transformer.reference.decode import attention_decode
 from fast_transformer.reference.mlp import linear_act, mlp
-from fast_transformer.reference.norm import add_norm, layer_norm
+from fast_transformer.reference.norm import add_norm, layer_norm, rms_norm
 from fast_transformer.reference.relative import relative_attention
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "linear_act",
     "mlp",
     "relative_attention",
+    "rms_norm",
 ]
