@@ -1,4 +1,4 @@
-// norm_fwd, norm_bwd: tensors in, params structs out. Their schemas are in library.cpp.
+// norm, norm_fwd, norm_bwd: tensors in, params structs out. Their schemas are in library.cpp.
 #include "../common/norm.h"
 
 #include "tensor.h"
@@ -34,41 +34,58 @@ NormKind kind(const char* op, int64_t norm) {
   return norm == 1 ? NormKind::kRms : NormKind::kLayer;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(Tensor x, OptionalTensor residual,
-                                                    OptionalTensor weight, OptionalTensor bias,
-                                                    OptionalTensor seed, int64_t norm, double eps,
-                                                    double dropout_p, bool save_sum) {
-  const bool rms = kind("norm_fwd", norm) == NormKind::kRms;
-  STD_TORCH_CHECK(!(rms && bias), "norm_fwd: RMS norm has no bias");
-  STD_TORCH_CHECK(x.dim() >= 1, "norm_fwd: x must have at least one dimension");
-  STD_TORCH_CHECK(dtype(x) != DType::kBool, "norm_fwd: x must be a floating tensor");
-  if (residual) check_rows("norm_fwd", "residual", *residual, x);
-  weight = parameter("norm_fwd", "weight", weight, x);
-  bias = parameter("norm_fwd", "bias", bias, x);
-
-  const int64_t rows = row_count(x), channels = x.size(x.dim() - 1);
-  const int32_t type = scalar_type(x), float32 = aoti_torch_dtype_float32();
-  Tensor out = empty_rows(x, channels, type);
-  Tensor sum = save_sum ? empty_rows(x, channels, type) : nothing(type);
-  Tensor mean = rms ? nothing(float32) : empty({rows}, float32), rstd = empty({rows}, float32);
+// Checks what both forward operators take; all but the outputs is set. `weight` and `bias` become
+// what the parameters point to.
+NormParams forward_params(const char* op, const Tensor& x, const OptionalTensor& residual,
+                          OptionalTensor& weight, OptionalTensor& bias, const OptionalTensor& seed,
+                          int64_t norm, double eps, double dropout_p) {
+  STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension");
+  STD_TORCH_CHECK(dtype(x) != DType::kBool, op, ": x must be a floating tensor");
+  if (residual) check_rows(op, "residual", *residual, x);
+  weight = parameter(op, "weight", weight, x);
+  bias = parameter(op, "bias", bias, x);
 
   NormParams p;
-  p.norm = kind("norm_fwd", norm);
+  p.norm = kind(op, norm);
+  STD_TORCH_CHECK(!(bias && p.norm == NormKind::kRms), op, ": RMS norm has no bias");
   p.dtype = dtype(x);
   p.weight_dtype = dtype_or(weight, p.dtype);
   p.bias_dtype = dtype_or(bias, p.dtype);
-  p.rows = rows;
-  p.channels = channels;
+  p.rows = row_count(x);
+  p.channels = x.size(x.dim() - 1);
   p.x = rows_view(x);
   p.residual = rows_view(residual);
   p.weight = data(weight);
   p.bias = data(bias);
+  p.eps = static_cast<float>(eps);
+  p.dropout = dropout(dropout_p, seed);
+  return p;
+}
+
+Tensor norm(Tensor x, OptionalTensor residual, OptionalTensor weight, OptionalTensor bias,
+            OptionalTensor seed, int64_t norm, double eps, double dropout_p) {
+  NormParams p = forward_params("norm", x, residual, weight, bias, seed, norm, eps, dropout_p);
+  Tensor out = empty_rows(x, p.channels, scalar_type(x));
+  p.out = rows_view(out);
+  kernels().norm_fwd(p, torch_threads());
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(Tensor x, OptionalTensor residual,
+                                                    OptionalTensor weight, OptionalTensor bias,
+                                                    OptionalTensor seed, int64_t norm, double eps,
+                                                    double dropout_p, bool save_sum) {
+  NormParams p = forward_params("norm_fwd", x, residual, weight, bias, seed, norm, eps, dropout_p);
+  const bool rms = p.norm == NormKind::kRms;
+  const int32_t type = scalar_type(x), float32 = aoti_torch_dtype_float32();
+  Tensor out = empty_rows(x, p.channels, type);
+  Tensor sum = save_sum ? empty_rows(x, p.channels, type) : nothing(type);
+  Tensor mean = rms ? nothing(float32) : empty({p.rows}, float32);
+  Tensor rstd = empty({p.rows}, float32);
   p.out = rows_view(out);
   p.sum = rows_view_or_none(sum, save_sum);
   p.mean = rms ? nullptr : mutable_data<float>(mean);
   p.rstd = mutable_data<float>(rstd);
-  p.eps = static_cast<float>(eps);
-  p.dropout = dropout(dropout_p, seed);
   kernels().norm_fwd(p, torch_threads());
   return {out, sum, mean, rstd};
 }
@@ -121,6 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_bwd(Tensor grad_out, OptionalTen
 }  // namespace ft::bind
 
 STABLE_TORCH_LIBRARY_IMPL(fast_transformer, CPU, m) {
+  m.impl("norm", TORCH_BOX(&ft::bind::norm));
   m.impl("norm_fwd", TORCH_BOX(&ft::bind::norm_fwd));
   m.impl("norm_bwd", TORCH_BOX(&ft::bind::norm_bwd));
 }

@@ -18,7 +18,7 @@ struct NormParams {
   const void* weight = nullptr;
   const void* bias = nullptr;
   RowsView out, sum;                       // sum may be absent: then h is never written
-  float *mean = nullptr, *rstd = nullptr;  // (rows,); RMS norm has no mean
+  float *mean = nullptr, *rstd = nullptr;  // (rows,); mean for layer norm alone, both may be absent
   float eps = 1e-5f;
   Dropout dropout;
 };

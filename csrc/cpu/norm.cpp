@@ -333,7 +333,7 @@ void backward(const NormGradParams& p, const Parallel& parallel) {
 void norm_fwd(const NormParams& p, const Parallel& parallel) {
   if (p.channels == 0) {  // rows without elements have no statistics
     if (p.mean) std::fill_n(p.mean, p.rows, 0.0f);
-    std::fill_n(p.rstd, p.rows, 0.0f);
+    if (p.rstd) std::fill_n(p.rstd, p.rows, 0.0f);
     return;
   }
   with_norm(p.norm, [&](auto norm) {

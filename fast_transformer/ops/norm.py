@@ -35,8 +35,7 @@ def layer_norm(
     if torch.is_grad_enabled() and _needs_grad(x, weight, bias):
         x = cpu.uniform_rows(x)
         return cpu.apply(_Norm, backend, x, None, weight, bias, None, LAYER, eps, 0.0, False)
-    forward = BACKENDS[backend].forward
-    return forward(cpu.uniform_rows(x), None, weight, bias, None, LAYER, eps, 0.0, False)[0]
+    return PLAIN[backend](cpu.uniform_rows(x), None, weight, bias, None, LAYER, eps, 0.0)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
@@ -64,8 +63,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) 
     if torch.is_grad_enabled() and _needs_grad(x, weight, None):
         x = cpu.uniform_rows(x)
         return cpu.apply(_Norm, backend, x, None, weight, None, None, RMS, eps, 0.0, False)
-    forward = BACKENDS[backend].forward
-    return forward(cpu.uniform_rows(x), None, weight, None, None, RMS, eps, 0.0, False)[0]
+    return PLAIN[backend](cpu.uniform_rows(x), None, weight, None, None, RMS, eps, 0.0)
 
 
 def add_norm(
@@ -124,11 +122,10 @@ def add_norm(
         )
         return (out, total) if return_sum else out
     x, residual = cpu.uniform_rows(x), cpu.uniform_rows(residual)
-    inputs = (x, residual, weight, bias, seed, kind, eps, dropout_p, return_sum)
+    inputs = (x, residual, weight, bias, seed, kind, eps, dropout_p)
     if torch.is_grad_enabled() and (residual.requires_grad or _needs_grad(x, weight, bias)):
-        return cpu.apply(_Norm, backend, *inputs)
-    out, total, _, _ = BACKENDS[backend].forward(*inputs)
-    return (out, total) if return_sum else out
+        return cpu.apply(_Norm, backend, *inputs, return_sum)
+    return BACKENDS[backend].forward(*inputs, True)[:2] if return_sum else PLAIN[backend](*inputs)
 
 
 def _rms_eps(op, x):
@@ -215,6 +212,10 @@ BACKENDS = {
 }
 
 
+# (x, residual, weight, bias, seed, norm, eps, dropout_p) → out, and nothing that backward needs
+PLAIN = {"cpu": cpu.operator("norm")}
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, x, residual, weight, bias, seed, norm, eps, dropout_p, return_sum):
@@ -250,6 +251,11 @@ class _Norm(torch.autograd.Function):
             _cast(dbias, ctx.bias_dtype) if for_bias else None,
             *(None, None, None, None, None),
         )
+
+
+@cpu.fake("norm")
+def _norm_fake(x, residual, weight, bias, seed, norm, eps, dropout_p):
+    return x.new_empty(x.shape)
 
 
 @cpu.fake("norm_fwd")
