@@ -57,8 +57,8 @@ STABLE_TORCH_LIBRARY(fast_transformer, m) {
       "Tensor dbias, Tensor ddistance_bias, Tensor dposition_query, Tensor dposition_key, "
       "Tensor dsegment_scores)");
 
-  // norm: the codes of ft::NormKind in common/norm.h. The first is for whoever wants no gradient: it
-  // saves nothing. What is not needed has no elements.
+  // norm: the codes of ft::NormKind in common/norm.h. The first is for whoever wants no gradient:
+  // it saves nothing. What is not needed has no elements.
   m.def(
       "norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, int norm, "
       "float eps, float dropout_p) -> Tensor");

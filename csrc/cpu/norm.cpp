@@ -24,9 +24,10 @@ constexpr int64_t kUnitBytes = int64_t{32} << 10;
 // backward loads and stores dweight and dbias once for both.
 constexpr int kRows = 2;
 
-// The bytes by which a loop fetches ahead of itself what it reads, and what it writes: the processor
-// does the same, but stops at the end of a page, and a row may be shorter than one. Half and twice
-// as much measured alike from L3 (Sapphire Rapids), where it makes backward a quarter faster.
+// The bytes by which a loop fetches ahead of itself what it reads, and what it writes: the
+// processor does the same, but stops at the end of a page, and a row may be shorter than one. Half
+// and twice as much measured alike from L3 (Sapphire Rapids), where it makes backward a quarter
+// faster.
 constexpr int64_t kReadAhead = 2048, kWriteAhead = 1024;
 template <int64_t kAhead>
 FT_INLINE void fetch(const void* at) {
@@ -217,8 +218,8 @@ void reduce(const Partials& partials, const NormGradParams& p, const Parallel& p
   });
 }
 
-// Rows that backward takes side by side: of floats between 2 and 8 KB one, since L1 has room for it,
-// dweight and dbias, and not for two (10% of the time, Sapphire Rapids).
+// Rows that backward takes side by side: of floats between 2 and 8 KB one, since L1 has room for
+// it, dweight and dbias, and not for two (10% of the time, Sapphire Rapids).
 template <typename T>
 bool side_by_side(int64_t channels) {
   return sizeof(T) < sizeof(float) || channels <= 512 || channels > 2048;

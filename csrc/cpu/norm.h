@@ -1,6 +1,6 @@
-// LayerNorm (Ba et al. 2016) and RmsNorm (Zhang and Sennrich 2019) of one row and its gradient: what
-// the kernels of norm.cpp take as their template parameter `Norm`. Another norm is another class
-// with the same members.
+// LayerNorm (Ba et al. 2016) and RmsNorm (Zhang and Sennrich 2019) of one row and its gradient:
+// what the kernels of norm.cpp take as their template parameter `Norm`. Another norm is another
+// class with the same members.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -8,12 +8,13 @@ from fast_transformer.nn.attention import MultiheadAttention
 from fast_transformer.nn.encoder import TransformerEncoder
 from fast_transformer.nn.encoder_layer import TransformerEncoderLayer
 from fast_transformer.nn.mlp import MLP
-from fast_transformer.nn.norm import LayerNorm
+from fast_transformer.nn.norm import LayerNorm, RMSNorm
 
 __all__ = [
     "MLP",
     "LayerNorm",
     "MultiheadAttention",
+    "RMSNorm",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]

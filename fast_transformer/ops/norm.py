@@ -39,7 +39,7 @@ def layer_norm(
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    """x / √(mean(x²) + eps) · weight over the last dimension, Zhang and Sennrich 2019.
+    """(x / √(mean(x²) + eps)) · weight over the last dimension, Zhang and Sennrich 2019.
 
     Args:
         x: (..., C), float32, bfloat16, float16 or float64.

@@ -21,7 +21,7 @@ def layer_norm(x, weight=None, bias=None, eps=1e-5):
 
 
 def rms_norm(x, weight=None, eps=1e-6):
-    """x / √(mean(x²) + eps) · weight over the last dimension, Zhang and Sennrich 2019, eq. 4.
+    """(x / √(mean(x²) + eps)) · weight over the last dimension, Zhang and Sennrich 2019, eq. 4.
 
     x: (..., C); weight: (C,), x's dtype or float32. Returns x's shape and dtype.
     """
