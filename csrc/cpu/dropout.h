@@ -103,21 +103,29 @@ FT_INLINE void philox(const PhiloxRow& row, int64_t column, uint16_t* draws) {
 }
 
 // All draws of columns [begin, end) of one row, from a buffer of at least draw_space(end - begin).
-// Returns the address of the draw of `begin`.
+// Returns the address of the draw of `begin`. Drawing leaves the memory idle: `meanwhile(begin,
+// end)` is called with one part of the columns after the other, to fetch what they will be used on.
 constexpr int64_t draw_space(int64_t columns) {
   return (columns + kDrawsPerCall + 2 * kDraws) / kDraws * kDraws;
 }
+template <typename Meanwhile>
 FT_INLINE const uint16_t* draw_row(uint64_t seed, int64_t begin, int64_t end, int64_t row,
-                                   int64_t head, int64_t batch, uint16_t* buffer) {
+                                   int64_t head, int64_t batch, uint16_t* buffer,
+                                   const Meanwhile& meanwhile) {
   const int64_t start = begin / kDrawsPerCall * kDrawsPerCall;
   constexpr int kChains = kWidth == 16 ? 4 : 3;  // as many as the registers hold
   const PhiloxRow shared(seed, row, head, batch);
   int64_t c = start;
   for (; c + (kChains - 1) * kDraws < end; c += kChains * kDraws) {
+    meanwhile(c, c + kChains * kDraws);
     philox<kChains>(shared, c, buffer + (c - start));
   }
   for (; c < end; c += kDraws) philox<1>(shared, c, buffer + (c - start));
   return buffer + (begin - start);
+}
+FT_INLINE const uint16_t* draw_row(uint64_t seed, int64_t begin, int64_t end, int64_t row,
+                                   int64_t head, int64_t batch, uint16_t* buffer) {
+  return draw_row(seed, begin, end, row, head, batch, buffer, [](int64_t, int64_t) {});
 }
 
 // kWidth elements of x whose draws start at `draws`: kept and multiplied by `scale`, or zero. The
