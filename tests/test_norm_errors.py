@@ -58,6 +58,11 @@ NORM = [
         ValueError,
         "add_norm: norm is 'batch_norm'; accepted are 'layer_norm' and 'rms_norm'.",
     ),
+    (
+        add_norm(norm=["rms_norm"]),
+        ValueError,
+        "add_norm: norm is ['rms_norm']; accepted are 'layer_norm' and 'rms_norm'.",
+    ),
     (rms_norm(3.0), TypeError, "rms_norm: x must be a tensor, got float."),
     (rms_norm(t(), t(3)), ValueError, "rms_norm: x has no dimension; it must have shape (..., C)."),
     (

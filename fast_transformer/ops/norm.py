@@ -97,7 +97,7 @@ def add_norm(
     Raises:
         TypeError, ValueError: an argument is not as above. RuntimeError: see `backend`, `strict`.
     """
-    kind = NORMS.get(norm)
+    kind = NORMS.get(norm) if isinstance(norm, str) else None
     if kind is None:
         accepted = " and ".join(map(repr, NORMS))
         raise ValueError(f"add_norm: norm is {norm!r}; accepted are {accepted}.")
