@@ -16,6 +16,7 @@ from fast_transformer.ops import (
     merge_attention,
     mlp,
     relative_attention,
+    rms_norm,
     t5_buckets,
 )
 
@@ -40,6 +41,7 @@ __all__ = [
     "relative_attention",
     "repack",
     "restore",
+    "rms_norm",
     "strict",
     "t5_buckets",
 ]

@@ -46,11 +46,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class NormCase:
-    """One call of layer_norm, or of add_norm where `added`."""
+    """One call of `norm`, or of add_norm with it where `added`."""
 
     name: str
     use: str
     shape: tuple[int, ...]
+    norm: str = "layer_norm"
     added: bool = False
     affine: bool = True
     float32_parameters: bool = False
@@ -61,18 +62,20 @@ class NormCase:
     @property
     def op(self) -> str:
         """The public function."""
-        return "add_norm" if self.added else "layer_norm"
+        return "add_norm" if self.added else self.norm
 
     @property
     def kind(self) -> str:
         """What passes over the memory there are."""
-        return f"{self.op}, dropout" if self.dropout_p > 0 else self.op
+        name = f"add {self.norm}" if self.added else self.norm
+        return f"{name}, dropout" if self.dropout_p > 0 else name
 
     @property
     def wrt(self) -> tuple[str, ...]:
         """The arguments that have a gradient."""
-        parameters = ("weight", "bias") if self.affine else ()
-        return ("x", "residual", *parameters) if self.added else ("x", *parameters)
+        parameters = ("weight", "bias") if self.norm == "layer_norm" else ("weight",)
+        inputs = ("x", "residual") if self.added else ("x",)
+        return (*inputs, *parameters) if self.affine else inputs
 
     def inputs(self, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments by name."""
@@ -80,11 +83,12 @@ class NormCase:
         made: dict[str, Any] = {"x": torch.randn(self.shape, generator=random).to(dtype)}
         if self.added:
             made["residual"] = torch.randn(self.shape, generator=random).to(dtype)
-            made["return_sum"] = self.return_sum
+            made["return_sum"], made["norm"] = self.return_sum, self.norm
         if self.affine:
             own = torch.float32 if self.float32_parameters else dtype
             made["weight"] = (1 + torch.randn(self.shape[-1], generator=random)).to(own)
-            made["bias"] = torch.randn(self.shape[-1], generator=random).to(own)
+            if self.norm == "layer_norm":
+                made["bias"] = torch.randn(self.shape[-1], generator=random).to(own)
         if self.dropout_p > 0:
             made["dropout_p"], made["seed"] = self.dropout_p, torch.tensor(20160721)
         return made
@@ -138,27 +142,40 @@ class MlpCase:
 Case = AttentionCase | RelativeCase | DecodeCase | NormCase | MlpCase | LossCase
 
 
+# How the names of a norm's cases begin: alone, added, added behind dropout.
+_NORMS = {
+    "layer_norm": ("norm", "add", "add-dropout"),
+    "rms_norm": ("rms", "add-rms", "add-dropout-rms"),
+}
+
+
 def _norm_tests() -> Iterable[NormCase]:
-    for width in (1, 63, 384, 768, 1024, 4096):
-        yield NormCase(f"norm-{width}", "test", (3, 3, width))
-        yield NormCase(f"add-{width}", "test", (5, width), added=True, return_sum=True)
-        yield NormCase(f"add-dropout-{width}", "test", (7, width), added=True, dropout_p=0.3)
-    yield NormCase("norm-plain", "test", (65, 127), affine=False)
-    yield NormCase("norm-vector", "test", (197,))
-    yield NormCase("norm-float32", "test", (33, 130), float32_parameters=True)
-    yield NormCase("add-plain", "test", (2, 3, 129), added=True, affine=False)
-    yield NormCase(
-        "add-dropout-sum", "test", (2, 33, 65), added=True, dropout_p=0.5, return_sum=True
-    )
+    for norm, (alone, add, drop) in _NORMS.items():
+        for width in (1, 63, 384, 768, 1024, 4096, 8192, 16384):
+            yield NormCase(f"{alone}-{width}", "test", (3, 3, width), norm)
+            yield NormCase(f"{add}-{width}", "test", (5, width), norm, True, return_sum=True)
+            yield NormCase(f"{drop}-{width}", "test", (7, width), norm, True, dropout_p=0.3)
+        yield NormCase(f"{alone}-plain", "test", (65, 127), norm, affine=False)
+        yield NormCase(f"{alone}-vector", "test", (197,), norm)
+        yield NormCase(f"{alone}-float32", "test", (33, 130), norm, float32_parameters=True)
+        yield NormCase(f"{add}-plain", "test", (2, 3, 129), norm, True, affine=False)
+        yield NormCase(
+            f"{drop}-sum", "test", (2, 33, 65), norm, True, dropout_p=0.5, return_sum=True
+        )
 
 
 def _norm_benches() -> Iterable[NormCase]:
-    for rows, width in ((1, 768), (333, 384), (4096, 384), (2048, 768), (2048, 1024), (512, 4096)):
-        size = f"{rows}x{width}"
-        yield NormCase(f"norm-{size}", "bench", (rows, width))
-        yield NormCase(f"add-{size}", "bench", (rows, width), added=True)
-        yield NormCase(f"add-sum-{size}", "bench", (rows, width), added=True, return_sum=True)
-        yield NormCase(f"add-dropout-{size}", "bench", (rows, width), added=True, dropout_p=0.1)
+    shapes = [
+        (1, 768), (333, 384), (4096, 384), (2048, 768), (2048, 1024), (512, 4096), (256, 8192),
+        (128, 16384),
+    ]  # fmt: skip
+    for norm, (alone, add, drop) in _NORMS.items():
+        for rows, width in shapes:
+            size = f"{rows}x{width}"
+            yield NormCase(f"{alone}-{size}", "bench", (rows, width), norm)
+            yield NormCase(f"{add}-{size}", "bench", (rows, width), norm, True)
+            yield NormCase(f"{add}-sum-{size}", "bench", (rows, width), norm, True, return_sum=True)
+            yield NormCase(f"{drop}-{size}", "bench", (rows, width), norm, True, dropout_p=0.1)
 
 
 def _mlp_tests() -> Iterable[MlpCase]:

@@ -117,12 +117,12 @@ def test_layers_and_norms_by_themselves(backend):
         def __init__(self):
             super().__init__()
             self.attention = nn.MultiheadAttention(C, 4, batch_first=True)
-            self.norm = nn.LayerNorm(C)
+            self.norm, self.rms = nn.LayerNorm(C), nn.RMSNorm(C)
             self.decoder = nn.TransformerDecoderLayer(C, 4, 48, dropout=0.0, batch_first=True)
 
         def forward(self, x):
             y = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
-            return self.decoder(y, x)
+            return self.decoder(self.rms(y), x)
 
     stock = Net().eval()
     fast = ft.accelerate(copy.deepcopy(stock))
@@ -132,6 +132,7 @@ def test_layers_and_norms_by_themselves(backend):
     torch.testing.assert_close(found, stock(x), atol=1e-5, rtol=1e-5)
     ops = [c.op for c in calls]
     assert ops.count("attention") == 3 and ops.count("layer_norm") == 4
+    assert ops.count("rms_norm") == 1
     assert type(fast.decoder) is nn.TransformerDecoderLayer
 
 

@@ -53,7 +53,9 @@ def merged(q, k, v):
 def block(x, residual, weight, bias, w1, w2):
     h, total = ft.add_norm(x, residual, weight, bias, dropout_p=0.2, seed=SEED, return_sum=True)
     h = ft.mlp(h, w1, None, w2, bias, activation="gelu_tanh", dropout_p=0.2, seed=SEED)
-    return ft.layer_norm(ft.linear_act(h, w2 @ w1, bias, activation="silu") + total, weight)
+    h = ft.linear_act(h, w2 @ w1, bias, activation="silu")
+    h, total = ft.add_norm(h, total, weight, norm="rms_norm", return_sum=True)
+    return ft.layer_norm(ft.rms_norm(h, weight) + total, weight)
 
 
 SEED = torch.tensor(77)
@@ -266,10 +268,14 @@ def operator_calls():
     yield from decode_calls()
     seed = torch.tensor(5)
     x, w, mean = torch.randn(2, 3, 8), torch.randn(8), torch.randn(6)
-    yield "norm_fwd", (x, None, w, w, None, 1e-5, 0.0, False)
-    yield "norm_fwd", (x, x + 1, None, None, seed, 1e-5, 0.5, True)
-    yield "norm_bwd", (x, None, x + 1, mean, mean.exp(), w, None, 0.0, True, True)
-    yield "norm_bwd", (x, x + 2, x + 1, mean, mean.exp(), None, seed, 0.5, False, True)
+    for norm, bias, statistic in ((0, w, mean), (1, None, torch.empty(0))):
+        yield "norm", (x, None, w, bias, None, norm, 1e-5, 0.0)
+        yield "norm", (x, x + 1, None, None, seed, norm, 1e-5, 0.5)
+        yield "norm_fwd", (x, None, w, bias, None, norm, 1e-5, 0.0, False)
+        yield "norm_fwd", (x, x + 1, None, None, seed, norm, 1e-5, 0.5, True)
+        saved, biased = (x + 1, statistic, mean.exp()), norm == 0
+        yield "norm_bwd", (x, None, *saved, w, None, norm, 0.0, True, biased)
+        yield "norm_bwd", (x, x + 2, *saved, None, seed, norm, 0.5, False, biased)
 
     x, w1, w2, pre = (
         torch.randn(2, 3, 8),
@@ -309,8 +315,9 @@ def test_autocast_lowers_what_multiplies(backend):
         packed = ft.attention_varlen(x[0], x[0], x[0], *[torch.tensor([0, 2])] * 2, 2, 2)
         assert packed.dtype == torch.bfloat16
         assert ft.linear_act(x, w).dtype == ft.mlp(x, w, None, w, None).dtype == torch.bfloat16
-        assert ft.layer_norm(x).dtype == torch.float32
-        assert ft.layer_norm(attended, w[0]).dtype == torch.bfloat16
+        for norm in (ft.layer_norm, ft.rms_norm):
+            assert norm(x).dtype == torch.float32
+            assert norm(attended, w[0]).dtype == torch.bfloat16
         assert ft.add_norm(attended, x).dtype == ft.add_norm(x, attended).dtype == torch.float32
         out, total = ft.add_norm(attended, attended, w[0], return_sum=True)
         assert out.dtype == total.dtype == torch.bfloat16

@@ -33,15 +33,6 @@ def varlen(q=None, k=None, cu_q=None, cu_k=None, max_q=3, max_k=4, **options):
     return lambda: ft.attention_varlen(q, k, k, cu_q, cu_k, max_q, max_k, **options)
 
 
-def layer_norm(x=None, weight=None, bias=None, eps=1e-5):
-    return lambda: ft.layer_norm(t(3, 8) if x is None else x, weight, bias, eps)
-
-
-def add_norm(x=None, residual=None, **options):
-    x, residual = (t(3, 8) if y is None else y for y in (x, residual))
-    return lambda: ft.add_norm(x, residual, **options)
-
-
 def linear_act(x=None, weight=None, bias=None, **options):
     x, weight = (t(3, 8) if x is None else x), (t(6, 8) if weight is None else weight)
     return lambda: ft.linear_act(x, weight, bias, **options)
@@ -271,53 +262,6 @@ VARLEN = [
         "(2, 3, 3, 4).",
     ),
 ]
-NORM = [
-    (layer_norm(3.0), TypeError, "layer_norm: x must be a tensor, got float."),
-    (
-        layer_norm(t(3, 8).bool()),
-        TypeError,
-        "layer_norm: x has dtype bool; accepted are float32, bfloat16, float16 and float64.",
-    ),
-    (layer_norm(t()), ValueError, "layer_norm: x has no dimension; it must have shape (..., C)."),
-    (layer_norm(weight=1.0), TypeError, "layer_norm: weight must be a tensor, got float."),
-    (
-        layer_norm(t(3, 8, dtype=BF16), bias=t(8, dtype=torch.float16)),
-        TypeError,
-        "layer_norm: bias has dtype float16; accepted are float32 and x's bfloat16.",
-    ),
-    (
-        layer_norm(weight=t(7)),
-        ValueError,
-        "layer_norm: weight has shape (7,); x's last dimension asks for (8,).",
-    ),
-    (
-        layer_norm(weight=torch.zeros(8, device="meta")),
-        ValueError,
-        "layer_norm: weight is on device meta but x is on cpu; they must match.",
-    ),
-    (layer_norm(eps="small"), TypeError, "layer_norm: eps must be a number, got str."),
-    (layer_norm(eps=-1.0), ValueError, "layer_norm: eps is -1.0; it must not be negative."),
-    (
-        add_norm(norm="batch_norm"),
-        ValueError,
-        "add_norm: norm is 'batch_norm'; accepted is 'layer_norm'.",
-    ),
-    (
-        add_norm(residual=t(3, 8, dtype=BF16)),
-        TypeError,
-        "add_norm: residual has dtype bfloat16 but x has float32; they must match.",
-    ),
-    (
-        add_norm(residual=t(1, 8)),
-        ValueError,
-        "add_norm: residual has shape (1, 8) but x has (3, 8); they must match.",
-    ),
-    (
-        add_norm(dropout_p=-0.1),
-        ValueError,
-        "add_norm: dropout_p is -0.1; it must lie in [0, 1].",
-    ),
-]
 LINEAR = [
     (linear_act([1.0]), TypeError, "linear_act: x must be a tensor, got list."),
     (
@@ -365,15 +309,15 @@ LINEAR = [
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
-    ATTENTION + VARLEN + NORM + LINEAR,
-    ids=[message for *_, message in ATTENTION + VARLEN + NORM + LINEAR],
+    ATTENTION + VARLEN + LINEAR,
+    ids=[message for *_, message in ATTENTION + VARLEN + LINEAR],
 )
 def test_message(call, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         call()
 
 
-@pytest.mark.parametrize("call", [attention(), varlen(), layer_norm(), add_norm(), linear_act()])
+@pytest.mark.parametrize("call", [attention(), varlen(), linear_act()])
 def test_the_defaults_above_are_right(call):
     """Else the rows above would prove nothing."""
     call()

@@ -1,4 +1,4 @@
-"""ft.nn.LayerNorm and MLP, the rule of what a fused step sees through, masks, packing."""
+"""ft.nn.LayerNorm, RMSNorm and MLP, the rule of what a fused step sees through, masks, packing."""
 
 import copy
 import functools
@@ -20,58 +20,76 @@ DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = [  # input, normalized_shape
     ((1, 1), 1), ((5, 63), 63), ((2, 3, 65), (65,)), ((3, 4, 5), (4, 5)), ((7, 2, 3, 2), (2, 3, 2))
 ]  # fmt: skip
-OPTIONS = ({}, {"bias": False}, {"elementwise_affine": False, "eps": 1e-2})
+NORMS = [  # class and options
+    ("LayerNorm", {}), ("LayerNorm", {"bias": False}),
+    ("LayerNorm", {"elementwise_affine": False, "eps": 1e-2}),
+    ("RMSNorm", {}), ("RMSNorm", {"elementwise_affine": False, "eps": 1e-2}),
+]  # fmt: skip
+OPS = {"LayerNorm": "layer_norm", "RMSNorm": "rms_norm"}
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("norm, options", NORMS, ids=str)
 @pytest.mark.parametrize("shape, over", SHAPES, ids=str)
-def test_layer_norm_in_float64(shape, over, options):
-    modules = twins("LayerNorm", over, **options)
+def test_norm_in_float64(shape, over, norm, options):
+    modules = twins(norm, over, **options)
     check(*modules, {"x": torch.randn(shape)}, ["x"], torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("norm, options", NORMS, ids=str)
 @pytest.mark.parametrize("shape, over", SHAPES[1:], ids=str)
-def test_layer_norm(backend, shape, over, options, dtype):
-    modules = twins("LayerNorm", over, **options)
+def test_norm(backend, shape, over, norm, options, dtype):
+    modules = twins(norm, over, **options)
     check(*modules, {"x": torch.randn(shape)}, ["x"], dtype)
 
 
-def test_layer_norm_of_strided_input(backend):
-    stock, ours = twins("LayerNorm", (4, 5))
+@pytest.mark.parametrize("norm", OPS)
+def test_norm_of_strided_input(backend, norm):
+    stock, ours = twins(norm, (4, 5))
     x = torch.randn(5, 4, 3).permute(2, 1, 0)
     torch.testing.assert_close(ours(x), stock(x))
 
 
-def test_layer_norm_runs_the_kernel(cpu):
-    _, ours = twins("LayerNorm", (4, 5))
+@pytest.mark.parametrize("norm", OPS)
+def test_norm_runs_the_kernel(cpu, norm):
+    _, ours = twins(norm, (4, 5))
     with record() as calls:
         ours(torch.randn(3, 4, 5))
-    assert [(c.op, c.backend) for c in calls] == [("layer_norm", "cpu")]
+    assert [(c.op, c.backend) for c in calls] == [(OPS[norm], "cpu")]
 
 
-def test_layer_norm_state_and_class():
-    stock, ours = twins("LayerNorm", 6)
-    x = torch.randn(3, 6)
-    assert isinstance(ours, nn.LayerNorm) and repr(ours) == repr(stock)
+@pytest.mark.parametrize("norm", OPS)
+def test_norm_state_and_class(norm):
+    stock, ours = twins(norm, 6)
+    x, kind, parent = torch.randn(3, 6), getattr(ft.nn, norm), getattr(nn, norm)
+    assert isinstance(ours, parent) and repr(ours) == repr(stock)
     stock.load_state_dict(ours.state_dict(), strict=True)
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert type(other) is ft.nn.LayerNorm and torch.equal(other(x), ours(x))
+        assert type(other) is kind and torch.equal(other(x), ours(x))
     expected = stock(x)
-    stock.__class__ = ft.nn.LayerNorm
+    stock.__class__ = kind
     with record() as calls:
         torch.testing.assert_close(stock(x), expected)
     assert len(calls) == 1
-    stock.__class__ = nn.LayerNorm
+    stock.__class__ = parent
     assert torch.equal(stock(x), expected)
 
 
-def test_layer_norm_errors():
-    with pytest.raises(ValueError, match=r"LayerNorm: input has shape \(3, 7\).*\(6,\)"):
-        ft.nn.LayerNorm(6)(torch.randn(3, 7))
-    with pytest.raises(ValueError, match=r"LayerNorm: input has shape \(5,\).*\(4, 5\)"):
-        ft.nn.LayerNorm((4, 5))(torch.randn(5))
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+def test_rms_norm_with_a_weight_of_another_dtype():
+    """PyTorch takes any; ours hands over to it what the op does not take."""
+    stock, ours = (m.to(torch.bfloat16) for m in twins("RMSNorm", 6))
+    x = torch.randn(3, 6)
+    assert torch.equal(ours(x), stock(x)) and ours(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("norm", OPS)
+def test_norm_errors(norm):
+    kind = getattr(ft.nn, norm)
+    with pytest.raises(ValueError, match=rf"{norm}: input has shape \(3, 7\).*\(6,\)"):
+        kind(6)(torch.randn(3, 7))
+    with pytest.raises(ValueError, match=rf"{norm}: input has shape \(5,\).*\(4, 5\)"):
+        kind((4, 5))(torch.randn(5))
 
 
 class Composed(nn.Module):

@@ -57,12 +57,18 @@ STABLE_TORCH_LIBRARY(fast_transformer, m) {
       "Tensor dbias, Tensor ddistance_bias, Tensor dposition_query, Tensor dposition_key, "
       "Tensor dsegment_scores)");
 
+  // norm: the codes of ft::NormKind in common/norm.h. The first is for whoever wants no gradient:
+  // it saves nothing. What is not needed has no elements.
   m.def(
-      "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, float eps, "
-      "float dropout_p, bool save_sum) -> (Tensor out, Tensor sum, Tensor mean, Tensor rstd)");
+      "norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, int norm, "
+      "float eps, float dropout_p) -> Tensor");
+  m.def(
+      "norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? seed, int norm, "
+      "float eps, float dropout_p, bool save_sum) "
+      "-> (Tensor out, Tensor sum, Tensor mean, Tensor rstd)");
   m.def(
       "norm_bwd(Tensor grad_out, Tensor? grad_sum, Tensor sum, Tensor mean, Tensor rstd, "
-      "Tensor? weight, Tensor? seed, float dropout_p, bool has_weight, bool has_bias) "
+      "Tensor? weight, Tensor? seed, int norm, float dropout_p, bool has_weight, bool has_bias) "
       "-> (Tensor dresidual, Tensor dx, Tensor dweight, Tensor dbias)");
 
   // activation: the codes of ft::Activation in common/mlp.h. What is not needed has no elements.

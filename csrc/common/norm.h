@@ -1,11 +1,15 @@
-// What a norm kernel is told: h = residual + dropout(x), out = (h - mean) * rstd * weight + bias.
+// What a norm kernel is told: h = residual + dropout(x), out = (h - mean) * rstd * weight + bias;
+// RMS norm has neither mean nor bias.
 #pragma once
 #include "philox.h"
 #include "types.h"
 
 namespace ft {
 
+enum class NormKind : int32_t { kLayer, kRms };
+
 struct NormParams {
+  NormKind norm = NormKind::kLayer;
   DType dtype = DType::kFloat32;
   DType weight_dtype = DType::kFloat32;  // of weight
   DType bias_dtype = DType::kFloat32;
@@ -14,12 +18,13 @@ struct NormParams {
   const void* weight = nullptr;
   const void* bias = nullptr;
   RowsView out, sum;                       // sum may be absent: then h is never written
-  float *mean = nullptr, *rstd = nullptr;  // (rows,)
+  float *mean = nullptr, *rstd = nullptr;  // (rows,); mean for layer norm alone, both may be absent
   float eps = 1e-5f;
   Dropout dropout;
 };
 
 struct NormGradParams {
+  NormKind norm = NormKind::kLayer;
   DType dtype = DType::kFloat32;
   DType weight_dtype = DType::kFloat32;
   int64_t rows = 0, channels = 0;

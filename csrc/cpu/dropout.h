@@ -43,36 +43,57 @@ FT_INLINE void store_interleaved(uint16_t* to, U64Vec a, U64Vec b) {
 #endif
 }
 
+// What the columns of one row share: the key of every round, and the first two rounds of the words
+// that do not depend on the column.
+struct PhiloxRow {
+  PhiloxRow(uint64_t seed, int64_t row, int64_t head, int64_t batch) {
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      key[round][0] = k0, key[round][1] = k1;
+      k0 += kPhiloxWeyl[0], k1 += kPhiloxWeyl[1];
+    }
+    const uint64_t first = uint64_t{kPhiloxMultiplier[1]} * static_cast<uint32_t>(head);
+    const uint64_t second =
+        uint64_t{kPhiloxMultiplier[0]} *
+        static_cast<uint32_t>((first >> 32) ^ static_cast<uint32_t>(row) ^ key[0][0]);
+    c2_first = static_cast<uint32_t>(batch) ^ key[0][1];
+    c0_second = static_cast<uint32_t>(first) ^ key[1][0];
+    c2_second = (second >> 32) ^ key[1][1];
+    c3_second = static_cast<uint32_t>(second);
+  }
+  uint64_t key[kPhiloxRounds][2];
+  uint64_t c2_first, c0_second, c2_second, c3_second;  // c<word>_<round>: met by a product there
+};
+
 // draws[i] is the draw of column `column + i` for i < kChains * kDraws; `column` is a multiple of
 // kDrawsPerCall. A chain of ten rounds mostly waits for its own products: several go side by side.
 template <int kChains>
-FT_INLINE void philox(uint64_t seed, int64_t column, int64_t row, int64_t head, int64_t batch,
-                      uint16_t* draws) {
+FT_INLINE void philox(const PhiloxRow& row, int64_t column, uint16_t* draws) {
   constexpr uint64_t kLow = 0xffffffffu;
-  U64Vec lanes;
-  for (int i = 0; i < kCounters; ++i) lanes[i] = i;
-  U64Vec c0[kChains], c1[kChains], c2[kChains], c3[kChains];
-  for (int k = 0; k < kChains; ++k) {
-    c0[k] = lanes + static_cast<uint32_t>(column / kDrawsPerCall + k * kCounters);
-    c1[k] = U64Vec{} + static_cast<uint32_t>(row);
-    c2[k] = U64Vec{} + static_cast<uint32_t>(head);
-    c3[k] = U64Vec{} + static_cast<uint32_t>(batch);
-  }
   const U64Vec multiplier0 = U64Vec{} + kPhiloxMultiplier[0];
   const U64Vec multiplier1 = U64Vec{} + kPhiloxMultiplier[1];
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    // A word is the low half of its lane. The high half holds anything: products ignore it.
+  U64Vec lanes;
+  for (int i = 0; i < kCounters; ++i) lanes[i] = i;
+  // A word is the low half of its lane. The high half holds anything: products ignore it.
+  U64Vec c0[kChains], c1[kChains], c2[kChains], c3[kChains];
+  for (int k = 0; k < kChains; ++k) {
+    const U64Vec counters = lanes + static_cast<uint32_t>(column / kDrawsPerCall + k * kCounters);
+    const U64Vec product0 = multiply_low_halves(counters, multiplier0);
+    c1[k] = multiply_low_halves((product0 >> 32) ^ row.c2_first, multiplier1);
+    c0[k] = (c1[k] >> 32) ^ row.c0_second;
+    c2[k] = product0 ^ row.c2_second;
+    c3[k] = U64Vec{} + row.c3_second;
+  }
+#pragma GCC unroll 2
+  for (int round = 2; round < kPhiloxRounds; ++round) {
     for (int k = 0; k < kChains; ++k) {
       const U64Vec product0 = multiply_low_halves(c0[k], multiplier0);
       const U64Vec product1 = multiply_low_halves(c2[k], multiplier1);
-      c0[k] = (product1 >> 32) ^ c1[k] ^ key0;
-      c2[k] = (product0 >> 32) ^ c3[k] ^ key1;
+      c0[k] = (product1 >> 32) ^ c1[k] ^ row.key[round][0];
+      c2[k] = (product0 >> 32) ^ c3[k] ^ row.key[round][1];
       c1[k] = product1;
       c3[k] = product0;
     }
-    key0 += kPhiloxWeyl[0];
-    key1 += kPhiloxWeyl[1];
   }
   for (int k = 0; k < kChains; ++k) {
     const U64Vec first = (c0[k] & kLow) | (c1[k] << 32);   // draws 0…3 of each counter
@@ -82,20 +103,29 @@ FT_INLINE void philox(uint64_t seed, int64_t column, int64_t row, int64_t head, 
 }
 
 // All draws of columns [begin, end) of one row, from a buffer of at least draw_space(end - begin).
-// Returns the address of the draw of `begin`.
+// Returns the address of the draw of `begin`. Drawing leaves the memory idle: `meanwhile(begin,
+// end)` is called with one part of the columns after the other, to fetch what they will be used on.
 constexpr int64_t draw_space(int64_t columns) {
   return (columns + kDrawsPerCall + 2 * kDraws) / kDraws * kDraws;
 }
+template <typename Meanwhile>
 FT_INLINE const uint16_t* draw_row(uint64_t seed, int64_t begin, int64_t end, int64_t row,
-                                   int64_t head, int64_t batch, uint16_t* buffer) {
+                                   int64_t head, int64_t batch, uint16_t* buffer,
+                                   const Meanwhile& meanwhile) {
   const int64_t start = begin / kDrawsPerCall * kDrawsPerCall;
   constexpr int kChains = kWidth == 16 ? 4 : 3;  // as many as the registers hold
+  const PhiloxRow shared(seed, row, head, batch);
   int64_t c = start;
   for (; c + (kChains - 1) * kDraws < end; c += kChains * kDraws) {
-    philox<kChains>(seed, c, row, head, batch, buffer + (c - start));
+    meanwhile(c, c + kChains * kDraws);
+    philox<kChains>(shared, c, buffer + (c - start));
   }
-  for (; c < end; c += kDraws) philox<1>(seed, c, row, head, batch, buffer + (c - start));
+  for (; c < end; c += kDraws) philox<1>(shared, c, buffer + (c - start));
   return buffer + (begin - start);
+}
+FT_INLINE const uint16_t* draw_row(uint64_t seed, int64_t begin, int64_t end, int64_t row,
+                                   int64_t head, int64_t batch, uint16_t* buffer) {
+  return draw_row(seed, begin, end, row, head, batch, buffer, [](int64_t, int64_t) {});
 }
 
 // kWidth elements of x whose draws start at `draws`: kept and multiplied by `scale`, or zero. The

@@ -1,10 +1,12 @@
-// LayerNorm (Ba et al. 2016) of one row and its gradient: what the kernels of norm.cpp take as
-// their template parameter `Norm`. Another norm is another class with the same members.
+// LayerNorm (Ba et al. 2016) and RmsNorm (Zhang and Sennrich 2019) of one row and its gradient:
+// what the kernels of norm.cpp take as their template parameter `Norm`. Another norm is another
+// class with the same members.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 
+#include "../common/norm.h"
 #include "simd.h"
 
 namespace ft::FT_ISA {
@@ -68,6 +70,8 @@ FT_INLINE Vec only(Vec x, int64_t n) { return n >= kWidth ? x : select(lanes_bel
 
 class LayerNorm {
  public:
+  static constexpr bool kHasMean = true, kHasBias = true;
+
   // Statistics of a row, in one pass over shifted data (Chan, Golub and LeVeque 1983): `first(j,
   // n)` makes a vector of it, `again(j, n)` gives it once more. Sums are taken around `shift_`, the
   // mean of the first vector: as long as that lies within one standard deviation of the mean, E[d²]
@@ -147,5 +151,57 @@ class LayerNorm {
 
   float shift_ = 0, rest_ = 0, rstd_ = 0;  // the mean is shift_ + rest_
 };
+
+class RmsNorm {
+ public:
+  static constexpr bool kHasMean = false, kHasBias = false;
+
+  template <typename First, typename Again>
+  static FT_INLINE RmsNorm of_row(int64_t channels, float eps, const First& first, const Again&) {
+    const auto means =
+        row_means<1>(channels, [&](int64_t j, int64_t n, Vec* s) __attribute__((always_inline)) {
+          const Vec h = first(j, n);  // lanes beyond the row are zero
+          s[0] = fma(h, h, s[0]);
+        });
+    RmsNorm norm;
+    norm.rstd_ = static_cast<float>(1.0 / std::sqrt(means.of[0] + static_cast<double>(eps)));
+    return norm;
+  }
+
+  float rstd() const { return rstd_; }
+  FT_INLINE Vec normalised(Vec h) const { return h * rstd_; }
+
+  // dh = rstd (g - x̂ mean(g x̂)) of one row, where g is the gradient of x̂.
+  class Gradient {
+   public:
+    template <typename G, typename H>
+    static FT_INLINE Gradient of_row(int64_t channels, float, float rstd, const G& g, const H& h) {
+      Gradient norm;
+      norm.rstd_ = rstd;
+      const auto means =
+          row_means<1>(channels, [&](int64_t j, int64_t n, Vec* s) __attribute__((always_inline)) {
+            s[0] = fma(g(j, n), norm.normalised(h(j, n)), s[0]);
+          });
+      norm.of_g_x_hat_ = static_cast<float>(means.of[0]);
+      return norm;
+    }
+
+    FT_INLINE Vec normalised(Vec h) const { return h * rstd_; }
+    FT_INLINE Vec dh(Vec g, Vec x_hat) const { return (g - x_hat * of_g_x_hat_) * rstd_; }
+
+   private:
+    float rstd_ = 0, of_g_x_hat_ = 0;
+  };
+
+ private:
+  float rstd_ = 0;
+};
+
+// Calls `f` with a value of the class.
+template <typename F>
+void with_norm(NormKind kind, const F& f) {
+  if (kind == NormKind::kRms) return f(RmsNorm{});
+  f(LayerNorm{});
+}
 
 }  // namespace ft::FT_ISA

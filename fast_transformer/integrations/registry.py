@@ -28,8 +28,10 @@ def entry(stock: type) -> Entry | None:
     if stock.__module__.startswith("torch.nn."):
         return _torch().get(stock)
     if stock.__module__.startswith("transformers.models."):  # only then is it worth an import
-        from fast_transformer.integrations import bert
+        from fast_transformer.integrations import bert, rms
 
+        if (norm := rms.accelerated(stock)) is not None:
+            return Entry(norm, "never", lambda m: ((2, 5, *m.weight.shape),))
         target = bert.accelerated(stock)
         if target is not None:
             if issubclass(target, bert.Encoder):
@@ -44,6 +46,7 @@ def _torch() -> dict[type, Entry]:
 
     return {
         nn.LayerNorm: Entry(ours.LayerNorm, "never", lambda m: ((2, *m.normalized_shape),)),
+        nn.RMSNorm: Entry(ours.RMSNorm, "never", lambda m: ((2, *m.normalized_shape),)),
         nn.MultiheadAttention: Entry(
             ours.MultiheadAttention, "never", lambda m: _batches(m.embed_dim, m.kdim, m.vdim)
         ),

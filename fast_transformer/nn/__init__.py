@@ -9,7 +9,7 @@ from fast_transformer.nn.encoder import TransformerEncoder
 from fast_transformer.nn.encoder_layer import TransformerEncoderLayer
 from fast_transformer.nn.loss import CrossEntropyLoss, LinearCrossEntropy
 from fast_transformer.nn.mlp import MLP
-from fast_transformer.nn.norm import LayerNorm
+from fast_transformer.nn.norm import LayerNorm, RMSNorm
 
 __all__ = [
     "MLP",
@@ -17,6 +17,7 @@ __all__ = [
     "LayerNorm",
     "LinearCrossEntropy",
     "MultiheadAttention",
+    "RMSNorm",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]

@@ -9,7 +9,7 @@ from fast_transformer.ops.decode import attention_decode
 from fast_transformer.ops.loss import cross_entropy, linear_cross_entropy
 from fast_transformer.ops.merge import merge_attention
 from fast_transformer.ops.mlp import linear_act, mlp
-from fast_transformer.ops.norm import add_norm, layer_norm
+from fast_transformer.ops.norm import add_norm, layer_norm, rms_norm
 from fast_transformer.ops.relative import relative_attention, t5_buckets
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "merge_attention",
     "mlp",
     "relative_attention",
+    "rms_norm",
     "t5_buckets",
 ]

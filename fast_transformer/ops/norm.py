@@ -1,4 +1,4 @@
-"""Layer normalisation, alone and fused with the residual step before it."""
+"""Layer and RMS normalisation, alone and fused with the residual step before them."""
 
 import math
 from typing import Any
@@ -34,9 +34,36 @@ def layer_norm(
         return reference.layer_norm(x, weight, bias, eps)
     if torch.is_grad_enabled() and _needs_grad(x, weight, bias):
         x = cpu.uniform_rows(x)
-        return cpu.apply(_Norm, backend, x, None, weight, bias, None, eps, 0.0, False)
-    forward = BACKENDS[backend].forward
-    return forward(cpu.uniform_rows(x), None, weight, bias, None, eps, 0.0, False)[0]
+        return cpu.apply(_Norm, backend, x, None, weight, bias, None, LAYER, eps, 0.0, False)
+    return PLAIN[backend](cpu.uniform_rows(x), None, weight, bias, None, LAYER, eps, 0.0)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """(x / √(mean(x²) + eps)) · weight over the last dimension, Zhang and Sennrich 2019.
+
+    Args:
+        x: (..., C), float32, bfloat16, float16 or float64.
+        weight: (C,), x's dtype or float32.
+        eps: added to the mean square; by default, as in PyTorch, the epsilon of float32, and for
+            float64 of that.
+
+    Returns:
+        x's shape and dtype, contiguous; the mean square and the product with weight are taken in
+        float32.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above. RuntimeError: see `backend`, `strict`.
+    """
+    if eps is None:
+        eps = _rms_eps("rms_norm", x)
+    _check("rms_norm", x, weight, None, eps)
+    backend = choose("rms_norm", BACKENDS, (x, weight))
+    if backend == "reference":
+        return reference.rms_norm(x, weight, eps)
+    if torch.is_grad_enabled() and _needs_grad(x, weight, None):
+        x = cpu.uniform_rows(x)
+        return cpu.apply(_Norm, backend, x, None, weight, None, None, RMS, eps, 0.0, False)
+    return PLAIN[backend](cpu.uniform_rows(x), None, weight, None, None, RMS, eps, 0.0)
 
 
 def add_norm(
@@ -46,7 +73,7 @@ def add_norm(
     bias: Tensor | None = None,
     *,
     norm: str = "layer_norm",
-    eps: float = 1e-5,
+    eps: float | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     return_sum: bool = False,
@@ -57,9 +84,9 @@ def add_norm(
         x: (..., C), what the sublayer computed; float32, bfloat16, float16 or float64.
         residual: x's shape and dtype (under autocast, both are taken to the wider dtype).
         weight: (C,), x's dtype or float32.
-        bias: (C,), x's dtype or float32.
-        norm: "layer_norm".
-        eps: added to the variance.
+        bias: (C,), x's dtype or float32; RMS norm has none.
+        norm: "layer_norm" or "rms_norm".
+        eps: as that function has it; by default 1e-5 for layer_norm.
         dropout_p: probability in [0, 1] of dropping an element of x.
         seed: 0-d int64 tensor from which dropout draws; by default a fresh one each call.
         return_sum: return h too, for a pre-norm Transformer's next residual step.
@@ -70,10 +97,16 @@ def add_norm(
     Raises:
         TypeError, ValueError: an argument is not as above. RuntimeError: see `backend`, `strict`.
     """
-    if norm != "layer_norm":
-        raise ValueError(f"add_norm: norm is {norm!r}; accepted is 'layer_norm'.")
+    kind = NORMS.get(norm) if isinstance(norm, str) else None
+    if kind is None:
+        accepted = " and ".join(map(repr, NORMS))
+        raise ValueError(f"add_norm: norm is {norm!r}; accepted are {accepted}.")
     if arguments.autocast_dtype(x) is not None:
         x, residual = _promote(x, residual)
+    if kind == RMS and bias is not None:
+        raise ValueError("add_norm: bias is given but norm is 'rms_norm', which has none.")
+    if eps is None:
+        eps = _rms_eps("add_norm", x) if kind == RMS else 1e-5
     _check("add_norm", x, weight, bias, eps)
     arguments.like("add_norm", "residual", residual, "x", x)
     if residual.shape != x.shape:
@@ -85,15 +118,21 @@ def add_norm(
     backend = choose("add_norm", BACKENDS, (x, residual, weight, bias, seed))
     if backend == "reference":
         out, total = reference.add_norm(
-            x, residual, weight, bias, eps=eps, dropout_p=dropout_p, seed=seed
+            x, residual, weight, bias, norm=norm, eps=eps, dropout_p=dropout_p, seed=seed
         )
         return (out, total) if return_sum else out
     x, residual = cpu.uniform_rows(x), cpu.uniform_rows(residual)
-    inputs = (x, residual, weight, bias, seed, eps, dropout_p, return_sum)
+    inputs = (x, residual, weight, bias, seed, kind, eps, dropout_p)
     if torch.is_grad_enabled() and (residual.requires_grad or _needs_grad(x, weight, bias)):
-        return cpu.apply(_Norm, backend, *inputs)
-    out, total, _, _ = BACKENDS[backend].forward(*inputs)
-    return (out, total) if return_sum else out
+        return cpu.apply(_Norm, backend, *inputs, return_sum)
+    return BACKENDS[backend].forward(*inputs, True)[:2] if return_sum else PLAIN[backend](*inputs)
+
+
+def _rms_eps(op, x):
+    """PyTorch's: of the dtype that it computes in."""
+    if not isinstance(x, Tensor):
+        arguments.floating(op, "x", x)
+    return _EPS64 if x.dtype is torch.float64 else _EPS32
 
 
 def _check(op, x, weight, bias, eps):
@@ -158,10 +197,14 @@ def _cast(x, dtype):
     return x if x.dtype is dtype else x.to(dtype)  # `to` takes 0.2 µs to do nothing
 
 
+NORMS = {"layer_norm": 0, "rms_norm": 1}  # the codes of ft::NormKind in csrc/common/norm.h
+LAYER, RMS = NORMS.values()
+_EPS32, _EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+
 _forward, _backward = cpu.operator("norm_fwd"), cpu.operator("norm_bwd")
 
-# forward(x, residual, weight, bias, seed, eps, dropout_p, save_sum) → out, sum, mean, rstd;
-# backward(grad_out, grad_sum, sum, mean, rstd, weight, seed, dropout_p, has_weight, has_bias)
+# forward(x, residual, weight, bias, seed, norm, eps, dropout_p, save_sum) → out, sum, mean, rstd;
+# backward(grad_out, grad_sum, sum, mean, rstd, weight, seed, norm, dropout_p, has_weight, has_bias)
 # → dresidual, dx, dweight, dbias
 BACKENDS = {
     "cpu": Backend(_forward, _backward, cpu.unsupported),
@@ -169,15 +212,19 @@ BACKENDS = {
 }
 
 
+# (x, residual, weight, bias, seed, norm, eps, dropout_p) → out, and nothing that backward needs
+PLAIN = {"cpu": cpu.operator("norm")}
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, x, residual, weight, bias, seed, eps, dropout_p, return_sum):
+    def forward(ctx, backend, x, residual, weight, bias, seed, norm, eps, dropout_p, return_sum):
         added = residual is not None
         out, total, mean, rstd = BACKENDS[backend].forward(
-            x, residual, weight, bias, seed, eps, dropout_p, added
+            x, residual, weight, bias, seed, norm, eps, dropout_p, added
         )
         ctx.set_materialize_grads(False)
-        ctx.backend, ctx.added, ctx.dropout_p = backend, added, dropout_p
+        ctx.backend, ctx.norm, ctx.dropout_p = backend, norm, dropout_p
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(total if added else x, mean, rstd, weight, seed)
         return (out, total) if return_sum else out
@@ -191,8 +238,9 @@ class _Norm(torch.autograd.Function):
             grad_sum = cpu.uniform_rows(grad_sum)
         _, for_x, for_residual, for_weight, for_bias, *_ = ctx.needs_input_grad
         dresidual, dx, dweight, dbias = BACKENDS[ctx.backend].backward(
-            grad_out, grad_sum, total, mean, rstd, weight, seed, ctx.dropout_p, for_weight, for_bias
-        )
+            grad_out, grad_sum, total, mean, rstd, weight, seed, ctx.norm, ctx.dropout_p,
+            for_weight, for_bias,
+        )  # fmt: skip
         if ctx.dropout_p == 0.0:
             dx = dresidual
         return (
@@ -201,20 +249,26 @@ class _Norm(torch.autograd.Function):
             dresidual if for_residual else None,
             _cast(dweight, weight.dtype) if for_weight else None,
             _cast(dbias, ctx.bias_dtype) if for_bias else None,
-            *(None, None, None, None),
+            *(None, None, None, None, None),
         )
 
 
+@cpu.fake("norm")
+def _norm_fake(x, residual, weight, bias, seed, norm, eps, dropout_p):
+    return x.new_empty(x.shape)
+
+
 @cpu.fake("norm_fwd")
-def _norm_fwd_fake(x, residual, weight, bias, seed, eps, dropout_p, save_sum):
-    row = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
+def _norm_fwd_fake(x, residual, weight, bias, seed, norm, eps, dropout_p, save_sum):
+    rows = math.prod(x.shape[:-1])
     total = x.new_empty(x.shape) if save_sum else x.new_empty(0)
-    return x.new_empty(x.shape), total, row, torch.empty_like(row)
+    mean = x.new_empty(0 if norm == RMS else rows, dtype=torch.float32)
+    return x.new_empty(x.shape), total, mean, x.new_empty(rows, dtype=torch.float32)
 
 
 @cpu.fake("norm_bwd")
 def _norm_bwd_fake(
-    grad_out, grad_sum, total, mean, rstd, weight, seed, dropout_p, has_weight, has_bias
+    grad_out, grad_sum, total, mean, rstd, weight, seed, norm, dropout_p, has_weight, has_bias
 ):
     def columns(wanted):
         return grad_out.new_empty(total.shape[-1] if wanted else 0, dtype=torch.float32)

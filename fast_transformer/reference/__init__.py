@@ -9,7 +9,7 @@ from fast_transformer.reference.attention import attention, attention_varlen
 from fast_transformer.reference.decode import attention_decode
 from fast_transformer.reference.loss import cross_entropy, linear_cross_entropy
 from fast_transformer.reference.mlp import linear_act, mlp
-from fast_transformer.reference.norm import add_norm, layer_norm
+from fast_transformer.reference.norm import add_norm, layer_norm, rms_norm
 from fast_transformer.reference.relative import relative_attention
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "linear_cross_entropy",
     "mlp",
     "relative_attention",
+    "rms_norm",
 ]
