@@ -14,6 +14,7 @@ from fast_transformer.ops import (
     merge_attention,
     mlp,
     relative_attention,
+    rotary,
     t5_buckets,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "nn",
     "relative_attention",
     "restore",
+    "rotary",
     "strict",
     "t5_buckets",
 ]

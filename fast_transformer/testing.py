@@ -4,7 +4,7 @@ A case says what is computed, not on what: `case.inputs(dtype)` makes fresh argu
 function `case.op`, the same at every call. Cases for "test" are small and odd, those for "bench"
 have the sizes that models use, those for "long" take minutes; all are fixed, so that no kernel is
 tuned to be measured. A case's `kind` is the class that it is summed up in. Those of attention are
-in attention_cases.py and decode_cases.py.
+in attention_cases.py and decode_cases.py, and so on.
 """
 
 from collections.abc import Iterable
@@ -22,6 +22,7 @@ from fast_transformer.attention_cases import (
     offsets,
 )
 from fast_transformer.decode_cases import DECODE_CASES, DecodeCase
+from fast_transformer.rotary_cases import ROTARY_CASES, RotaryCase
 
 __all__ = [
     "CASES",
@@ -31,6 +32,7 @@ __all__ = [
     "MlpCase",
     "NormCase",
     "RelativeCase",
+    "RotaryCase",
     "assert_close_to_reference",
     "cases",
     "check",
@@ -133,7 +135,7 @@ class MlpCase:
         return made
 
 
-Case = AttentionCase | RelativeCase | DecodeCase | NormCase | MlpCase
+Case = AttentionCase | RelativeCase | DecodeCase | NormCase | MlpCase | RotaryCase
 
 
 def _norm_tests() -> Iterable[NormCase]:
@@ -196,6 +198,7 @@ CASES: tuple[Case, ...] = (
     *_norm_benches(),
     *_mlp_tests(),
     *_mlp_benches(),
+    *ROTARY_CASES,
 )
 
 

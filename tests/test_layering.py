@@ -24,7 +24,7 @@ LAYERS = [
     {"nn"},
     {"optim"},
     {"testing"},
-    {"decode_cases"},
+    {"decode_cases", "embedding_cases", "rotary_cases"},
     {"accuracy", "attention_cases", "timing"},
     {"ops"},
     {"env"},

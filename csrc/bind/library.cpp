@@ -87,6 +87,11 @@ STABLE_TORCH_LIBRARY(fast_transformer, m) {
       "Tensor? alibi_slopes, float scale, bool causal, int window_left, int window_right, "
       "float softcap) -> (Tensor out, Tensor lse)");
 
+  // inverse: by the negative angle. Without a key its result has no elements.
+  m.def(
+      "rotary(Tensor query, Tensor? key, Tensor cos, Tensor sin, bool interleaved, bool inverse) "
+      "-> (Tensor out_query, Tensor out_key)");
+
   m.def("isa() -> str");
   m.def("load_kernels(str path) -> ()");
 }

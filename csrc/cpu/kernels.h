@@ -5,6 +5,7 @@
 #include "../common/mlp.h"
 #include "../common/norm.h"
 #include "../common/parallel.h"
+#include "../common/rotary.h"
 
 namespace ft {
 
@@ -19,6 +20,7 @@ struct Kernels {
   void (*mlp_fwd)(const MlpParams&, const Parallel&);
   void (*mlp_bwd)(const MlpGradParams&, const Parallel&);
   void (*attention_decode)(const DecodeParams&, const Parallel&);
+  void (*rotary)(const RotaryParams&, const Parallel&);
 
   // Of one core, a second: see peak.cpp.
   double (*peak_flops)(DType);

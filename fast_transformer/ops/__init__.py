@@ -10,6 +10,7 @@ from fast_transformer.ops.merge import merge_attention
 from fast_transformer.ops.mlp import linear_act, mlp
 from fast_transformer.ops.norm import add_norm, layer_norm
 from fast_transformer.ops.relative import relative_attention, t5_buckets
+from fast_transformer.ops.rotary import rotary
 
 __all__ = [
     "add_norm",
@@ -21,5 +22,6 @@ __all__ = [
     "merge_attention",
     "mlp",
     "relative_attention",
+    "rotary",
     "t5_buckets",
 ]

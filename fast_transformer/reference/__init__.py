@@ -9,6 +9,7 @@ from fast_transformer.reference.decode import attention_decode
 from fast_transformer.reference.mlp import linear_act, mlp
 from fast_transformer.reference.norm import add_norm, layer_norm
 from fast_transformer.reference.relative import relative_attention
+from fast_transformer.reference.rotary import rotary
 
 __all__ = [
     "add_norm",
@@ -19,4 +20,5 @@ __all__ = [
     "linear_act",
     "mlp",
     "relative_attention",
+    "rotary",
 ]
