@@ -2,6 +2,7 @@
 #pragma once
 #include "../common/attention.h"
 #include "../common/decode.h"
+#include "../common/embedding.h"
 #include "../common/mlp.h"
 #include "../common/norm.h"
 #include "../common/parallel.h"
@@ -21,6 +22,8 @@ struct Kernels {
   void (*mlp_bwd)(const MlpGradParams&, const Parallel&);
   void (*attention_decode)(const DecodeParams&, const Parallel&);
   void (*rotary)(const RotaryParams&, const Parallel&);
+  void (*embedding_norm_fwd)(const EmbeddingParams&, const Parallel&);
+  void (*embedding_norm_bwd)(const EmbeddingGradParams&, const Parallel&);
 
   // Of one core, a second: see peak.cpp.
   double (*peak_flops)(DType);

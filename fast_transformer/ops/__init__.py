@@ -6,6 +6,7 @@ its C++ operators, in this order of a call's travel.
 
 from fast_transformer.ops.attention import attention, attention_varlen
 from fast_transformer.ops.decode import attention_decode
+from fast_transformer.ops.embedding import embedding_norm
 from fast_transformer.ops.merge import merge_attention
 from fast_transformer.ops.mlp import linear_act, mlp
 from fast_transformer.ops.norm import add_norm, layer_norm
@@ -17,6 +18,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
+    "embedding_norm",
     "layer_norm",
     "linear_act",
     "merge_attention",
