@@ -22,6 +22,7 @@ from fast_transformer.attention_cases import (
     offsets,
 )
 from fast_transformer.decode_cases import DECODE_CASES, DecodeCase
+from fast_transformer.embedding_cases import EMBEDDING_CASES, EmbeddingCase
 from fast_transformer.rotary_cases import ROTARY_CASES, RotaryCase
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "DTYPES",
     "AttentionCase",
     "DecodeCase",
+    "EmbeddingCase",
     "MlpCase",
     "NormCase",
     "RelativeCase",
@@ -135,7 +137,7 @@ class MlpCase:
         return made
 
 
-Case = AttentionCase | RelativeCase | DecodeCase | NormCase | MlpCase | RotaryCase
+Case = AttentionCase | RelativeCase | DecodeCase | NormCase | MlpCase | RotaryCase | EmbeddingCase
 
 
 def _norm_tests() -> Iterable[NormCase]:
@@ -199,6 +201,7 @@ CASES: tuple[Case, ...] = (
     *_mlp_tests(),
     *_mlp_benches(),
     *ROTARY_CASES,
+    *EMBEDDING_CASES,
 )
 
 
