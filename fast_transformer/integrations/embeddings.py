@@ -30,12 +30,14 @@ class Embeddings(nn.Module):
     def costs(self) -> Iterator[tuple[str, str]]:
         """(child, what its being special costs), for `explain`."""
         for name, child in self.named_children():
-            kind = type(child).__name__
-            if hooked(child):
-                what = "a forward of its own" if "forward" in child.__dict__ else "hooks"
-                yield name, f"{kind} has {what}: the embeddings run step by step"
-            elif not _fits(name, child):
-                yield name, f"is {kind}: the embeddings run step by step"
+            if not _fits(name, child):
+                what = f"is {type(child).__name__}"
+                if hooked(child):
+                    own = "forward" in child.__dict__
+                    what = f"{type(child).__name__} has {'a forward of its own' if own else 'hooks'}"
+                alone = name == TABLES[0]
+                cost = "called as a module" if alone else "the embeddings run step by step"
+                yield name, f"{what}: {cost}"
 
     def forward(
         self,
@@ -46,34 +48,34 @@ class Embeddings(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """(batch, length) ids → (batch, length, C)."""
+        stock = super().forward
         if (
             input_ids is None
             or input_ids.dim() != 2
             or any(isinstance(x, Tensor) or x for x in (*args, *kwargs.values()))
-            or not self._fuses()
+            or not all(_fits(n, child) for n, child in self.named_children() if n != TABLES[0])
         ):
-            return super().forward(  # type: ignore[no-any-return]
-                input_ids, token_type_ids, position_ids, *args, **kwargs
-            )
-        word, position, token_type = (getattr(self, name) for name in TABLES)
+            return stock(input_ids, token_type_ids, position_ids, *args, **kwargs)  # type: ignore[no-any-return]
         # RoBERTa counts from behind its padding
         count = getattr(self, "create_position_ids_from_input_ids", None)
         if position_ids is None and count is not None:
             position_ids = count(input_ids, self.padding_idx)
+        word, position, token_type = (getattr(self, name) for name in TABLES)
         norm, dropout = self.LayerNorm, self.dropout
+        if _fits(TABLES[0], word):
+            words, padding_idx = word.weight, word.padding_idx
+        else:  # each token's row is made, and chosen by that token
+            embeds, padding_idx = word(input_ids), None
+            if embeds.dtype != position.weight.dtype:
+                return stock(None, token_type_ids, position_ids, embeds)  # type: ignore[no-any-return]
+            words = embeds.flatten(0, 1)
+            input_ids = torch.arange(words.shape[0], device=words.device).view(input_ids.shape)
         return embedding_norm(
-            input_ids, word.weight, position.weight, token_type.weight, norm.weight, norm.bias,
+            input_ids, words, position.weight, token_type.weight, norm.weight, norm.bias,
             position_ids=position_ids, token_type_ids=token_type_ids, eps=norm.eps,
-            dropout_p=dropout.p if dropout.training else 0.0, padding_idx=word.padding_idx,
+            dropout_p=dropout.p if dropout.training else 0.0, padding_idx=padding_idx,
             position_padding_idx=position.padding_idx,
         )  # fmt: skip
-
-    def _fuses(self) -> bool:
-        """Tell whether every child is what its name says and no more."""
-        if not all(_fits(name, child) for name, child in self.named_children()):
-            return False
-        dtypes = {getattr(self, name).weight.dtype for name in TABLES}
-        return len(dtypes) == 1 and self.token_type_embeddings.padding_idx is None
 
 
 def _fits(name: str, child: Any) -> bool:
@@ -83,6 +85,7 @@ def _fits(name: str, child: Any) -> bool:
             and child.max_norm is None
             and not child.sparse
             and not child.scale_grad_by_freq
+            and (child.padding_idx is None or name != TABLES[2])
         )
     return is_norm(child) if name == "LayerNorm" else plain(child, nn.Dropout)
 
