@@ -9,11 +9,13 @@ from fast_transformer.nn.encoder import TransformerEncoder
 from fast_transformer.nn.encoder_layer import TransformerEncoderLayer
 from fast_transformer.nn.mlp import MLP
 from fast_transformer.nn.norm import LayerNorm
+from fast_transformer.nn.rotary import RotaryEmbedding
 
 __all__ = [
     "MLP",
     "LayerNorm",
     "MultiheadAttention",
+    "RotaryEmbedding",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]

@@ -142,7 +142,13 @@ def _turn(backend, query, key, cos, sin, interleaved, inverse):
 
 def _memory_order(x):
     """Return the dimensions but the last, outermost in memory first."""
-    return sorted(range(x.dim() - 1), key=lambda d: -x.stride(d))
+    order = [0]
+    for d in range(1, x.dim() - 1):  # sorted by hand: Dynamo does not sort symbolic strides
+        i = len(order)
+        while i > 0 and x.stride(order[i - 1]) < x.stride(d):
+            i -= 1
+        order.insert(i, d)
+    return order
 
 
 def _laid_out_as(x, out):
