@@ -8,10 +8,12 @@ from fast_transformer.benchmarks import (
     bench_attention,
     bench_calls,
     bench_decode,
+    bench_embedding,
     bench_mlp,
     bench_models,
     bench_norm,
     bench_relative,
+    bench_rotary,
     roofline,
 )
 from fast_transformer.benchmarks.contest import STEPS, Result, compete, with_compiled
@@ -19,7 +21,10 @@ from fast_transformer.timing import interleaved
 
 OPS = {
     suite.SUITE: suite
-    for suite in (bench_attention, bench_relative, bench_decode, bench_norm, bench_mlp)
+    for suite in (
+        bench_attention, bench_relative, bench_decode, bench_norm, bench_mlp, bench_rotary,
+        bench_embedding,
+    )  # fmt: skip
 }
 SUITES = (roofline.SUITE, *OPS, bench_calls.SUITE, bench_models.SUITE)
 

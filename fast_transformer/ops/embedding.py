@@ -57,9 +57,12 @@ def embedding_norm(
             f"embedding_norm: input_ids has length {T}, but position has {positions} rows; pass "
             "position_ids, or fewer tokens."
         )
-    _padding("padding_idx", padding_idx, "word", word)
-    _padding("position_padding_idx", position_padding_idx, "position", position)
-    seed = arguments.dropout("embedding_norm", dropout_p, seed, word.device)
+    if padding_idx is not None:
+        _padding("padding_idx", padding_idx, "word", word)
+    if position_padding_idx is not None:
+        _padding("position_padding_idx", position_padding_idx, "position", position)
+    if dropout_p != 0.0 or seed is not None:
+        seed = arguments.dropout("embedding_norm", dropout_p, seed, word.device)
     tables, ids = (word, position, token_type), (input_ids, position_ids, token_type_ids)
     backend = choose("embedding_norm", BACKENDS, (*tables, weight, bias, *ids, seed))
     if backend == "reference":
@@ -69,14 +72,14 @@ def embedding_norm(
             token_type_ids=token_type_ids, eps=eps, dropout_p=dropout_p, seed=seed,
             padding_idx=padding_idx, position_padding_idx=position_padding_idx,
         )  # fmt: skip
-    word, position, token_type = (t if t is None else cpu.unit_stride(t) for t in tables)
-    input_ids, position_ids, token_type_ids = (i if i is None else _whole(i) for i in ids)
+    word, position, token_type = [t if t is None else cpu.unit_stride(t) for t in tables]
+    input_ids, position_ids, token_type_ids = [i if i is None else _whole(i) for i in ids]
     inputs = (
         input_ids, word, position, token_type, weight, bias, position_ids, token_type_ids, seed,
         eps, dropout_p,
     )  # fmt: skip
     if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (*tables, weight, bias)
+        [x is not None and x.requires_grad for x in (*tables, weight, bias)]
     ):
         call = cpu.apply
         inputs = (_EmbeddingNorm, backend, *inputs, padding_idx, position_padding_idx)
@@ -102,18 +105,31 @@ def _check(input_ids, word, position, token_type, weight, bias, eps):
     if word.dim() != 2:
         raise ValueError(f"{op}: word has shape {tuple(word.shape)}; it must be (V, C).")
     C = word.shape[1]
+    dtype, device = word.dtype, word.device
     for name, table in (("position", position), ("token_type", token_type)):
-        if table is not None:
+        if table is not None and (
+            not isinstance(table, Tensor)
+            or table.dtype is not dtype
+            or table.device != device
+            or table.dim() != 2
+            or table.shape[1] != C
+        ):
             arguments.like(op, name, table, "word", word)
-            if table.dim() != 2 or table.shape[1] != C:
-                raise ValueError(
-                    f"{op}: {name} has shape {tuple(table.shape)}; word's {C} channels ask for "
-                    f"(rows, {C})."
-                )
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(table.shape)}; word's {C} channels ask for "
+                f"(rows, {C})."
+            )
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
+        if parameter is not None and (
+            not isinstance(parameter, Tensor)
+            or (parameter.dtype is not dtype and parameter.dtype is not torch.float32)
+            or parameter.device != device
+            or parameter.dim() != 1
+            or parameter.shape[0] != C
+        ):
             arguments.parameter(op, name, parameter, C, "word", word)
-    arguments.number(op, "eps", eps)
+    if type(eps) is not float:
+        arguments.number(op, "eps", eps)
     if eps < 0.0:
         raise ValueError(f"{op}: eps is {eps}; it must not be negative.")
 
@@ -122,11 +138,13 @@ def _ids(name, ids, table, input_ids):
     """Return one id of a table for each token, or None where there is none."""
     if ids is None:
         return None
-    op = "embedding_norm"
+    op, full = "embedding_norm", input_ids.shape
     if table is None:
         raise ValueError(f"{op}: {name}_ids are given, but {name} is None.")
     arguments.integer_tensor(op, f"{name}_ids", ids, input_ids, "input_ids")
-    shape, full = ids.shape, input_ids.shape
+    shape = ids.shape
+    if shape == full:
+        return ids
     aligned = zip(reversed(shape), reversed(full), strict=False)
     if len(shape) > len(full) or any(size != 1 and size != whole for size, whole in aligned):
         raise ValueError(
@@ -137,8 +155,6 @@ def _ids(name, ids, table, input_ids):
 
 
 def _padding(name, index, of, table):
-    if index is None:
-        return
     if not isinstance(index, int) or isinstance(index, bool):
         raise TypeError(
             f"embedding_norm: {name} must be an int or None, got {type(index).__name__}."
