@@ -28,12 +28,12 @@ def contest(case: RotaryCase, dtype: str) -> Contest:
 
 
 def repeated(x, times, dim):
-    """cos cos, where repeat_interleave would give each of them twice."""
+    """All of x, then all of it again, where repeat_interleave would give each of them twice."""
     return torch.cat((x,) * times, dim)
 
 
 def as_in_transformers(query, key, cos, sin, interleaved):
-    """x cos + rotate(x) sin, with the two columns of a pair exchanged by `rotate`."""
+    """One product with cos and one with sin of x, with the columns of its pairs exchanged."""
     return tuple(_with_the_rest(x, cos, sin, interleaved) for x in (query, key))
 
 

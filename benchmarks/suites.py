@@ -22,9 +22,14 @@ from fast_transformer.timing import interleaved
 OPS = {
     suite.SUITE: suite
     for suite in (
-        bench_attention, bench_relative, bench_decode, bench_norm, bench_mlp, bench_rotary,
+        bench_attention,
+        bench_relative,
+        bench_decode,
+        bench_norm,
+        bench_mlp,
+        bench_rotary,
         bench_embedding,
-    )  # fmt: skip
+    )
 }
 SUITES = (roofline.SUITE, *OPS, bench_calls.SUITE, bench_models.SUITE)
 

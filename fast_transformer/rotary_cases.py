@@ -75,8 +75,11 @@ def _rotary_tests() -> Iterable[RotaryCase]:
 
 
 def _rotary_benches() -> Iterable[RotaryCase]:
-    for B, H, KV, T, D in ((1, 12, 12, 77, 64), (8, 12, 12, 128, 64), (1, 12, 12, 2048, 64),
-                           (1, 32, 8, 2048, 128), (8, 32, 8, 1, 128), (1, 16, 16, 333, 80)):  # fmt: skip
+    shapes = [
+        (1, 12, 12, 77, 64), (8, 12, 12, 128, 64), (1, 12, 12, 2048, 64), (1, 32, 8, 2048, 128),
+        (8, 32, 8, 1, 128), (1, 16, 16, 333, 80),
+    ]  # fmt: skip
+    for B, H, KV, T, D in shapes:
         size = f"B{B}-H{H}-{KV}-T{T}-D{D}"
         for interleaved in (False, True):
             name = f"{'interleaved' if interleaved else 'halves'}-{size}"

@@ -31,10 +31,11 @@ class Embeddings(nn.Module):
         """(child, what its being special costs), for `explain`."""
         for name, child in self.named_children():
             if not _fits(name, child):
-                what = f"is {type(child).__name__}"
+                kind = type(child).__name__
+                what = f"is {kind}"
                 if hooked(child):
                     own = "forward" in child.__dict__
-                    what = f"{type(child).__name__} has {'a forward of its own' if own else 'hooks'}"
+                    what = f"{kind} has {'a forward of its own' if own else 'hooks'}"
                 alone = name == TABLES[0]
                 cost = "called as a module" if alone else "the embeddings run step by step"
                 yield name, f"{what}: {cost}"

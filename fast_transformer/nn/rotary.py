@@ -90,9 +90,7 @@ class RotaryEmbedding(nn.Module):
             if not isinstance(query, Tensor) or query.dim() not in (3, 4):
                 return ops.rotary(query, key, self.cos, self.sin)  # which says what is wrong
             if offset < 0:
-                raise ValueError(
-                    f"RotaryEmbedding: offset is {offset}; it must not be negative."
-                )
+                raise ValueError(f"RotaryEmbedding: offset is {offset}; it must not be negative.")
             end = offset + query.shape[0 if query.dim() == 3 else 2]
             if end <= self.cos.shape[0] or self._grows(end):
                 cos, sin = self.cos[offset:end], self.sin[offset:end]
@@ -143,6 +141,6 @@ class RotaryEmbedding(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move the table with the module, and make it anew: a cast would have rounded it."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._tabulate(self.cos.shape[0])
         return self

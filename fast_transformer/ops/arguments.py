@@ -103,9 +103,7 @@ def readable(x: Tensor) -> bool:
     )
 
 
-def integer_tensor(
-    op: str, name: str, x: Tensor, model: Tensor, model_name: str = "query"
-) -> None:
+def integer_tensor(op: str, name: str, x: Tensor, model: Tensor, model_name: str = "query") -> None:
     """`x` is an int32 or int64 tensor on the device of `model`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}.")

@@ -1,5 +1,8 @@
 """BERT's embedding layer: rows gathered, added up, normalised and dropped from, in one pass."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -72,20 +75,15 @@ def embedding_norm(
             token_type_ids=token_type_ids, eps=eps, dropout_p=dropout_p, seed=seed,
             padding_idx=padding_idx, position_padding_idx=position_padding_idx,
         )  # fmt: skip
-    word, position, token_type = [t if t is None else cpu.unit_stride(t) for t in tables]
-    input_ids, position_ids, token_type_ids = [i if i is None else _whole(i) for i in ids]
-    inputs = (
-        input_ids, word, position, token_type, weight, bias, position_ids, token_type_ids, seed,
-        eps, dropout_p,
-    )  # fmt: skip
+    rows, row_ids = [_rows(t) for t in tables], [_whole(i) for i in ids]
+    given = (row_ids[0], *rows, weight, bias, *row_ids[1:], seed, eps, dropout_p)
+    call: Callable[..., Tensor] = _first
+    inputs: tuple[Any, ...] = (BACKENDS[backend].forward, *given)
     if torch.is_grad_enabled() and any(
         [x is not None and x.requires_grad for x in (*tables, weight, bias)]
     ):
         call = cpu.apply
-        inputs = (_EmbeddingNorm, backend, *inputs, padding_idx, position_padding_idx)
-    else:
-        call = _first
-        inputs = (BACKENDS[backend].forward, *inputs)
+        inputs = (_EmbeddingNorm, backend, *given, padding_idx, position_padding_idx)
     if torch.compiler.is_compiling():
         return call(*inputs)
     try:
@@ -178,14 +176,18 @@ def _look_at_ids(ids, tables):
         rows = table.shape[0]
         if low < 0 or high >= rows:
             raise IndexError(
-                f"embedding_norm: {name} holds {low if low < 0 else high}; {of} has {rows} rows, so "
-                f"ids must lie in [0, {rows})."
+                f"embedding_norm: {name} holds {low if low < 0 else high}; {of} has {rows} rows, "
+                f"so ids must lie in [0, {rows})."
             )
+
+
+def _rows(table):
+    return None if table is None else cpu.unit_stride(table)
 
 
 def _whole(ids):
     """As the kernels take them."""
-    return (ids if ids.dtype is torch.int64 else ids.long()).contiguous()
+    return None if ids is None else (ids if ids.dtype is torch.int64 else ids.long()).contiguous()
 
 
 def _first(function, *inputs):
@@ -259,5 +261,6 @@ def _embedding_norm_bwd_fake(
     C = word.shape[1]
     return (
         *(word.new_empty((t.shape[0], C) if need and t is not None else 0) for need, t in tables),
-        *(word.new_empty(C if need else 0, dtype=torch.float32) for need in (need_weight, need_bias)),
+        word.new_empty(C if need_weight else 0, dtype=torch.float32),
+        word.new_empty(C if need_bias else 0, dtype=torch.float32),
     )

@@ -47,7 +47,10 @@ def rotary(
         key = None if key is None else key.transpose(0, 1)[None]
     if backend == "reference":
         outs = reference.rotary(query, key, cos, sin, interleaved=interleaved)
-        outs = [out if out is None else _laid_out_as(x, out) for x, out in zip((query, key), outs)]
+        outs = [
+            out if out is None else _laid_out_as(x, out)
+            for x, out in zip((query, key), outs, strict=True)
+        ]
     else:
         query, cos, sin = cpu.unit_stride(query), cpu.unit_stride(cos), cpu.unit_stride(sin)
         key = None if key is None else cpu.unit_stride(key)
@@ -133,9 +136,7 @@ def _reject(name, table, query):
 def _turn(backend, query, key, cos, sin, interleaved, inverse):
     """Both, differentiably."""
     inputs = query, key, cos, sin, interleaved, inverse
-    if torch.is_grad_enabled() and (
-        query.requires_grad or (key is not None and key.requires_grad)
-    ):
+    if torch.is_grad_enabled() and (query.requires_grad or (key is not None and key.requires_grad)):
         return cpu.apply(_Rotary, backend, *inputs)
     return BACKENDS[backend].forward(*inputs)
 
