@@ -6,7 +6,8 @@ VENV   ?= .venv
 # What pip installs as torch. PyPI's Linux builds bring gigabytes of CUDA along; for a CPU build:
 #   make test TORCH='torch==2.13.0 --index-url <the CPU index of pytorch.org>'
 TORCH  ?= torch==2.13.0
-# What make bench times: roofline, attention, relative, decode, norm, mlp, loss, calls, models or all of them.
+# What make bench times: roofline, attention, relative, decode, norm, mlp, loss, rotary, embedding,
+# optimizer, calls, models or all of them.
 SUITE  ?= all
 # The files that make readme-bench takes: runs of the suites attention and decode.
 RUN    ?= $(wildcard benchmarks/results/*.json)

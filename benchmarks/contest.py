@@ -15,7 +15,7 @@ from fast_transformer import backends, testing
 from fast_transformer.benchmarks.memory import peak_memory
 from fast_transformer.timing import Timing, copy_rate, interleaved, peak_flops, read_rate
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEPS = ("forward", "backward")
 
@@ -41,8 +41,9 @@ class Entry:
         """The gradient alone, of a forward pass that was done before."""
         leaves = {name: self.inputs[name].detach().requires_grad_() for name in self.wrt}
         out = self.function(**{**self.inputs, **leaves})
-        grad = torch.randn_like(out)
-        return lambda: torch.autograd.grad(out, list(leaves.values()), grad, retain_graph=True)
+        outs = out if isinstance(out, tuple) else (out,)
+        grads = [torch.randn_like(x) for x in outs]
+        return lambda: torch.autograd.grad(outs, list(leaves.values()), grads, retain_graph=True)
 
     def training(self) -> Callable[[], object]:
         """Forward pass and gradient: what lives between the two is their memory."""

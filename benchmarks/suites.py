@@ -8,12 +8,14 @@ from fast_transformer.benchmarks import (
     bench_attention,
     bench_calls,
     bench_decode,
+    bench_embedding,
     bench_loss,
     bench_mlp,
     bench_models,
     bench_norm,
     bench_optimizer,
     bench_relative,
+    bench_rotary,
     roofline,
 )
 from fast_transformer.benchmarks.contest import STEPS, Result, compete, with_compiled
@@ -21,7 +23,16 @@ from fast_transformer.timing import interleaved
 
 OPS = {
     suite.SUITE: suite
-    for suite in (bench_attention, bench_relative, bench_decode, bench_norm, bench_mlp, bench_loss)
+    for suite in (
+        bench_attention,
+        bench_relative,
+        bench_decode,
+        bench_norm,
+        bench_mlp,
+        bench_loss,
+        bench_rotary,
+        bench_embedding,
+    )
 }
 SUITES = (roofline.SUITE, *OPS, bench_optimizer.SUITE, bench_calls.SUITE, bench_models.SUITE)
 

@@ -10,6 +10,7 @@ from fast_transformer.ops import (
     attention_decode,
     attention_varlen,
     cross_entropy,
+    embedding_norm,
     layer_norm,
     linear_act,
     linear_cross_entropy,
@@ -17,6 +18,7 @@ from fast_transformer.ops import (
     mlp,
     relative_attention,
     rms_norm,
+    rotary,
     t5_buckets,
 )
 
@@ -29,6 +31,7 @@ __all__ = [
     "attention_varlen",
     "backend",
     "cross_entropy",
+    "embedding_norm",
     "env",
     "explain",
     "layer_norm",
@@ -42,6 +45,7 @@ __all__ = [
     "repack",
     "restore",
     "rms_norm",
+    "rotary",
     "strict",
     "t5_buckets",
 ]

@@ -4,7 +4,7 @@ A case says what is computed, not on what: `case.inputs(dtype)` makes fresh argu
 function `case.op`, the same at every call. Cases for "test" are small and odd, those for "bench"
 have the sizes that models use, those for "long" take minutes; all are fixed, so that no kernel is
 tuned to be measured. A case's `kind` is the class that it is summed up in. Those of attention are
-in attention_cases.py and decode_cases.py, those of losses in loss_cases.py.
+in attention_cases.py, decode_cases.py and so on.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,9 @@ from fast_transformer.attention_cases import (
     offsets,
 )
 from fast_transformer.decode_cases import DECODE_CASES, DecodeCase
+from fast_transformer.embedding_cases import EMBEDDING_CASES, EmbeddingCase
 from fast_transformer.loss_cases import LOSS_CASES, LossCase
+from fast_transformer.rotary_cases import ROTARY_CASES, RotaryCase
 
 __all__ = [
     "CASES",
@@ -30,9 +32,11 @@ __all__ = [
     "AttentionCase",
     "DecodeCase",
     "LossCase",
+    "EmbeddingCase",
     "MlpCase",
     "NormCase",
     "RelativeCase",
+    "RotaryCase",
     "assert_close_to_reference",
     "cases",
     "check",
@@ -139,7 +143,16 @@ class MlpCase:
         return made
 
 
-Case = AttentionCase | RelativeCase | DecodeCase | NormCase | MlpCase | LossCase
+Case = (
+    AttentionCase
+    | RelativeCase
+    | DecodeCase
+    | NormCase
+    | MlpCase
+    | LossCase
+    | RotaryCase
+    | EmbeddingCase
+)
 
 
 # How the names of a norm's cases begin: alone, added, added behind dropout.
@@ -216,6 +229,8 @@ CASES: tuple[Case, ...] = (
     *_mlp_tests(),
     *_mlp_benches(),
     *LOSS_CASES,
+    *ROTARY_CASES,
+    *EMBEDDING_CASES,
 )
 
 

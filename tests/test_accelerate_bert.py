@@ -31,7 +31,7 @@ def test_every_mask(backend, impl, mask):
     assert not found[~keep].any()
     padded = not keep.all()
     attention = "attention_varlen" if padded else "attention"
-    assert ops == {attention, "linear_act", "mlp", "add_norm", "layer_norm"}
+    assert ops == {attention, "linear_act", "mlp", "add_norm", "embedding_norm"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,10 +15,12 @@ from fast_transformer.benchmarks import (
     attention_peers,
     bench_attention,
     bench_decode,
+    bench_embedding,
     bench_loss,
     bench_mlp,
     bench_norm,
     bench_relative,
+    bench_rotary,
     memory,
     report,
     roofline,
@@ -32,7 +34,16 @@ for needed in ("typer", "rich"):
 PROGRAM = "import sys; from fast_transformer.cli import main; sys.argv[0] = 'fast-transformer'; "
 SUITES = {
     suite.SUITE: suite
-    for suite in (bench_attention, bench_relative, bench_decode, bench_norm, bench_mlp, bench_loss)
+    for suite in (
+        bench_attention,
+        bench_relative,
+        bench_decode,
+        bench_norm,
+        bench_mlp,
+        bench_loss,
+        bench_rotary,
+        bench_embedding,
+    )
 }
 needs_kernels = pytest.mark.skipif(
     _library.status().reason is not None, reason=f"{_library.status().reason}"
@@ -59,6 +70,8 @@ def figures(folder):
         ("relative", "xlnet-128x128"),
         ("norm", "add-dropout-1x768"),
         ("mlp", "mlp-1x384"),
+        ("rotary", "interleaved-B1-H12-12-T77-D64"),
+        ("embedding", "embedding-B1-T32-C384"),
         ("decode", "decode-B1-H12-12-S128-D64"),
     ],
 )
@@ -169,6 +182,8 @@ def small(case):
     if case.family == "decode":
         B, H, KV, T, _, _ = case.shape
         return dataclasses.replace(case, shape=(min(B, 2), H, KV, T, 33, 16))
+    if case.family == "rotary":
+        return dataclasses.replace(case, shape=(2, 4, 2, 9, 40))
     return dataclasses.replace(case, shape=tuple(5 + i for i in range(len(case.shape))))
 
 

@@ -127,6 +127,24 @@ STABLE_TORCH_LIBRARY(fast_transformer, m) {
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, float lr, "
       "float beta1, float beta2, float weight_decay, float eps, float grad_scale) -> ()");
   m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
+  // inverse: by the negative angle. Without a key its result has no elements.
+  m.def(
+      "rotary(Tensor query, Tensor? key, Tensor cos, Tensor sin, bool interleaved, bool inverse) "
+      "-> (Tensor out_query, Tensor out_key)");
+
+  // Each token's rows of the tables, added up, normalised and dropped from; without position_ids
+  // token t of a row has position t, without token_type_ids type 0. statistics: (2, tokens).
+  m.def(
+      "embedding_norm_fwd(Tensor input_ids, Tensor word, Tensor? position, Tensor? token_type, "
+      "Tensor? weight, Tensor? bias, Tensor? position_ids, Tensor? token_type_ids, Tensor? seed, "
+      "float eps, float dropout_p) -> (Tensor out, Tensor statistics)");
+  m.def(
+      "embedding_norm_bwd(Tensor grad_out, Tensor statistics, Tensor input_ids, Tensor word, "
+      "Tensor? position, Tensor? token_type, Tensor? weight, Tensor? position_ids, "
+      "Tensor? token_type_ids, Tensor? seed, float dropout_p, int padding_idx, "
+      "int position_padding_idx, bool need_word, bool need_position, bool need_token_type, "
+      "bool need_weight, bool need_bias) -> (Tensor dword, Tensor dposition, Tensor dtoken_type, "
+      "Tensor dweight, Tensor dbias)");
 
   m.def("isa() -> str");
   m.def("load_kernels(str path) -> ()");

@@ -28,6 +28,9 @@
   X(cross_entropy_bwd) \
   X(linear_cross_entropy_fwd) \
   X(linear_cross_entropy_bwd) \
+  X(rotary) \
+  X(embedding_norm_fwd) \
+  X(embedding_norm_bwd) \
   X(peak_flops) \
   X(read_bandwidth) \
   X(copy_bandwidth) \

@@ -3,11 +3,13 @@
 #include "../common/adamw.h"
 #include "../common/attention.h"
 #include "../common/decode.h"
+#include "../common/embedding.h"
 #include "../common/loss.h"
 #include "../common/mlp.h"
 #include "../common/norm.h"
 #include "../common/packed.h"
 #include "../common/parallel.h"
+#include "../common/rotary.h"
 
 namespace ft {
 
@@ -33,6 +35,9 @@ struct Kernels {
   void (*cross_entropy_bwd)(const CrossEntropyGradParams&, const Parallel&);
   void (*linear_cross_entropy_fwd)(const LinearCrossEntropyParams&, const Parallel&);
   void (*linear_cross_entropy_bwd)(const LinearCrossEntropyGradParams&, const Parallel&);
+  void (*rotary)(const RotaryParams&, const Parallel&);
+  void (*embedding_norm_fwd)(const EmbeddingParams&, const Parallel&);
+  void (*embedding_norm_bwd)(const EmbeddingGradParams&, const Parallel&);
 
   // Of one core, a second: see peak.cpp.
   double (*peak_flops)(DType);

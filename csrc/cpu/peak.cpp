@@ -11,6 +11,7 @@
 #include "gemm.h"
 #include "kernels.h"
 #include "scratch.h"
+#include "streaming.h"
 
 namespace ft::FT_ISA {
 namespace {
@@ -81,32 +82,6 @@ struct CachedStore {
     store_bits(to + sizeof(UVec), second);
   }
   static void finish() {}
-};
-struct StreamingStore {
-  static FT_INLINE void pair(char* to, UVec first, UVec second) {
-#if defined(__aarch64__)
-    asm volatile("stnp %q1, %q2, [%0]" : : "r"(to), "w"(first), "w"(second) : "memory");
-#else
-    one(to, first);
-    one(to + sizeof(UVec), second);
-#endif
-  }
-#if defined(__aarch64__)
-  static void finish() {}
-#else
-  static void finish() { _mm_sfence(); }  // until it has left the core, it is not written
-
- private:
-  static FT_INLINE void one(char* to, UVec v) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), (__m512i)v);
-#elif defined(__AVX2__)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)v);
-#else
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)v);
-#endif
-  }
-#endif
 };
 
 template <typename Store>

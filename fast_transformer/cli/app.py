@@ -65,7 +65,8 @@ def measure(
     suite: Annotated[
         str,
         typer.Option(
-            help="roofline, attention, relative, decode, norm, mlp, loss, calls, models or all."
+            help="roofline, attention, relative, decode, norm, mlp, loss, rotary, embedding, "
+            "optimizer, calls, models or all."
         ),
     ] = "all",
     only: Annotated[str, typer.Option(help="Cases whose name contains this.")] = "",

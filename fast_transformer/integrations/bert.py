@@ -1,5 +1,7 @@
 """The BERT family of transformers: encoders that drop the padding, layers of fused steps.
 
+What makes states of ids is in embeddings.py.
+
 Five families share the code below to the letter but for the names of their classes. The
 accelerated classes are made on first use, subclasses of the stock ones under the same names, and
 found again by `fast_transformer.integrations.bert.<name>`, which is how pickle refers to them.
@@ -13,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fast_transformer.integrations import masks
+from fast_transformer.integrations.embeddings import Embeddings
 from fast_transformer.nn.padding import Packing, readable
 from fast_transformer.nn.plain import (
     any_hooked,
@@ -243,15 +246,19 @@ class Encoder(nn.Module):
 
 
 def accelerated(stock: type) -> type | None:
-    """Return the accelerated subclass of a stock encoder or layer of the family, or None."""
+    """Return the accelerated subclass of a stock class of the family, or None."""
     family = stock.__module__.rpartition(".modeling_")[2]
     if stock.__module__ != f"transformers.models.{family}.modeling_{family}":
         return None
     prefix = PREFIXES.get(family)
-    if prefix is None or stock.__name__ not in (f"{prefix}Layer", f"{prefix}Encoder"):
+    if prefix is None or stock.__name__ not in _names(prefix):
         return None
     made: type = getattr(sys.modules[__name__], stock.__name__)
     return made if issubclass(made, stock) else None
+
+
+def _names(prefix: str) -> tuple[str, ...]:
+    return tuple(prefix + suffix for suffix in ("Embeddings", "Encoder", "Layer"))
 
 
 def __getattr__(name: str) -> type:
@@ -259,12 +266,13 @@ def __getattr__(name: str) -> type:
     from importlib import import_module
 
     for family, prefix in PREFIXES.items():
-        if name in (f"{prefix}Layer", f"{prefix}Encoder"):
+        if name in _names(prefix):
             module = import_module(f"transformers.models.{family}.modeling_{family}")
             stock = getattr(module, name)
             fields: dict[str, Any] = {"__module__": __name__, "__doc__": stock.__doc__}
+            base: type[nn.Module] = Embeddings
             if name.endswith("Layer"):
-                base: type[nn.Module] = Layer
+                base = Layer
                 fields["parts"] = {
                     part: getattr(module, prefix + suffix)
                     for part, suffix in (
@@ -275,7 +283,7 @@ def __getattr__(name: str) -> type:
                         ("output", "Output"),
                     )
                 }
-            else:
+            elif name.endswith("Encoder"):
                 base = Encoder
                 fields["layer_class"] = getattr(module, f"{prefix}Layer")
             return globals().setdefault(name, type(name, (base, stock), fields))  # type: ignore[no-any-return]

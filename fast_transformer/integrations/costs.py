@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from fast_transformer.integrations.embeddings import Embeddings
 from fast_transformer.nn import TransformerEncoderLayer
 from fast_transformer.nn.plain import hooked, is_linear
 
@@ -12,6 +13,9 @@ _LINEAR = ("query", "key", "value", "dense", "out_proj", "linear1", "linear2")
 
 def costs(layer: nn.Module) -> Iterator[tuple[str, str]]:
     """(child, what it costs) for a layer of ours; nothing for other modules."""
+    if isinstance(layer, Embeddings):
+        yield from layer.costs()
+        return
     own = getattr(layer, "costs", None)
     if own is None and not isinstance(layer, TransformerEncoderLayer):
         return

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 Shapes = tuple[tuple[int, ...], ...]
+Sample = Shapes | tuple[Tensor, ...]
 
 
 class Entry(NamedTuple):
@@ -15,12 +16,13 @@ class Entry(NamedTuple):
     target: its subclass, whose `unsupported(module)` answers why an instance must stay, or None.
     children: when they are swapped too. A stack's always are; those of a layer that stays never,
         since torch.nn's fast path would bypass them; some layers have no use for it.
-    sample: shapes of the inputs that a self-check runs a module on; None for stacks.
+    sample: the inputs that a self-check runs a module on, or shapes of random ones; None for
+        stacks.
     """
 
     target: Any
     children: Literal["always", "with it", "never"]
-    sample: Callable[[Any], Shapes] | None
+    sample: Callable[[Any], Sample] | None
 
 
 def entry(stock: type) -> Entry | None:
@@ -28,7 +30,7 @@ def entry(stock: type) -> Entry | None:
     if stock.__module__.startswith("torch.nn."):
         return _torch().get(stock)
     if stock.__module__.startswith("transformers.models."):  # only then is it worth an import
-        from fast_transformer.integrations import bert, rms
+        from fast_transformer.integrations import bert, embeddings, rms
 
         if (norm := rms.accelerated(stock)) is not None:
             return Entry(norm, "never", lambda m: ((2, 5, *m.weight.shape),))
@@ -36,6 +38,8 @@ def entry(stock: type) -> Entry | None:
         if target is not None:
             if issubclass(target, bert.Encoder):
                 return Entry(target, "always", None)
+            if issubclass(target, embeddings.Embeddings):
+                return Entry(target, "always", embeddings.sample)
             return Entry(target, "never", lambda m: _batches(m.attention.self.config.hidden_size))
     return None
 

@@ -50,8 +50,10 @@ def _compare(module: nn.Module, entry: Entry, like: Tensor) -> str | None:
     assert entry.sample is not None
     generator = torch.Generator().manual_seed(0)
     inputs = [
-        torch.randn(shape, generator=generator).to(like.device, like.dtype)
-        for shape in entry.sample(module)
+        each.to(like.device)
+        if isinstance(each, Tensor)
+        else torch.randn(each, generator=generator).to(like.device, like.dtype)
+        for each in entry.sample(module)
     ]
     modes = {m: m.training for m in module.modules()}
     devices = [like.device] if like.is_cuda else []

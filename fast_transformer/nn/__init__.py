@@ -10,6 +10,7 @@ from fast_transformer.nn.encoder_layer import TransformerEncoderLayer
 from fast_transformer.nn.loss import CrossEntropyLoss, LinearCrossEntropy
 from fast_transformer.nn.mlp import MLP
 from fast_transformer.nn.norm import LayerNorm, RMSNorm
+from fast_transformer.nn.rotary import RotaryEmbedding
 
 __all__ = [
     "MLP",
@@ -18,6 +19,7 @@ __all__ = [
     "LinearCrossEntropy",
     "MultiheadAttention",
     "RMSNorm",
+    "RotaryEmbedding",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]

@@ -54,6 +54,19 @@ def vector(op: str, name: str, x: Tensor, size: int, of: str) -> None:
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}; {of} asks for ({size},).")
 
 
+def parameter(op: str, name: str, x: Tensor, size: int, model_name: str, model: Tensor) -> None:
+    """`x` is (size,), of the dtype of `model` or float32, on its device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}.")
+    vector(op, name, x, size, model_name)
+    same_device(op, name, x, model_name, model)
+    if x.dtype is not model.dtype and x.dtype is not torch.float32:
+        raise TypeError(
+            f"{op}: {name} has dtype {short(x.dtype)}; accepted are float32 and {model_name}'s "
+            f"{short(model.dtype)}."
+        )
+
+
 def number(op: str, name: str, value: float) -> None:
     """`value` is a Python number."""
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
@@ -90,13 +103,13 @@ def readable(x: Tensor) -> bool:
     )
 
 
-def integer_tensor(op: str, name: str, x: Tensor, model: Tensor) -> None:
+def integer_tensor(op: str, name: str, x: Tensor, model: Tensor, model_name: str = "query") -> None:
     """`x` is an int32 or int64 tensor on the device of `model`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}.")
     if x.dtype not in _INTEGER:
         raise TypeError(f"{op}: {name} has dtype {short(x.dtype)}; accepted are int32 and int64.")
-    same_device(op, name, x, "query", model)
+    same_device(op, name, x, model_name, model)
 
 
 def integers(op: str, name: str, x: Tensor, size: int | None, model: Tensor) -> None:
