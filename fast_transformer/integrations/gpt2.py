@@ -38,6 +38,15 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
     return plain.linear(module, x)
 
 
+def _added(dropout: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+    """`residual + dropout(x)`, a norm's fused pass without the norm where there is dropout."""
+    if not (dropout.training and plain.plain(dropout, nn.Dropout)):
+        dropped: Tensor = dropout(x)
+        return dropped if residual is None else residual + dropped
+    residual = torch.zeros_like(x) if residual is None else residual
+    return ops.add_norm(x, residual, dropout_p=dropout.p, return_sum=True)[1]  # type: ignore[arg-type, no-any-return]
+
+
 def _weights_wanted() -> bool:
     """Tell whether transformers collects the weights of attention from the call that runs."""
     collected = output_capturing._active_collector.get()
@@ -103,9 +112,7 @@ class GPT2Block(stock.GPT2Block):  # type: ignore[misc]
                 mask = Keys() if (self.attn.is_causal if causal is None else causal) else None
         normed = plain.norm(self.ln_1, hidden_states)
         out, residual = self.sublayers(normed, hidden_states, mask, cache)
-        if not self.mlp.dropout.training or not plain.plain(self.mlp.dropout, nn.Dropout):
-            return residual + self.mlp.dropout(out)
-        return ops.add_norm(out, residual, dropout_p=self.mlp.dropout.p, return_sum=True)[1]  # type: ignore[no-any-return]
+        return _added(self.mlp.dropout, out, residual)
 
     def sublayers(
         self, normed: Tensor, residual: Tensor, mask: Keys | Tensor | None, cache: Any
@@ -216,13 +223,14 @@ class GPT2Model(stock.GPT2Model):  # type: ignore[misc]
         if attention_mask is not None:
             if not isinstance(attention_mask, Tensor) or attention_mask.dim() > 3:
                 return None
-            attention_mask = attention_mask.reshape(given[..., 0].shape[0], -1)
         if inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             inputs_embeds = self.wte(given.view(-1, shape[-1]))
         B, T, C = inputs_embeds.shape
-        if attention_mask is not None and tuple(attention_mask.shape) != (B, before + T):
-            return None
+        if attention_mask is not None:
+            if attention_mask.numel() != B * (before + T):
+                return None
+            attention_mask = attention_mask.reshape(B, before + T)
         keys = Keys.of(attention_mask)
         if position_ids is None:
             position_ids = torch.arange(before, before + T, device=inputs_embeds.device)[None]
@@ -238,20 +246,22 @@ class GPT2Model(stock.GPT2Model):  # type: ignore[misc]
         """The embeddings' dropout, all blocks and the last norm."""
         blocks: Any = self.h
         if checkpoints or not len(blocks):
-            x = self.drop(x)
+            x = _added(self.drop, x, None)
             for block in blocks:
                 x = block(x, None, keys)  # called, so that gradient checkpointing acts
             return plain.norm(self.ln_f, x)
-        dropout, out, x = self.drop, x, torch.zeros_like(x) if self.drop.training else None
-        for block in blocks:
-            if x is None:  # nothing to add the embeddings to, nothing to drop
-                x = dropout(out)
-                normed = plain.norm(block.ln_1, x)
-            else:
-                normed, x = plain.residual_norm_and_sum(dropout, block.ln_1, out, x)
+        first = blocks[0].ln_1
+        if self.drop.training:
+            normed, x = plain.residual_norm_and_sum(self.drop, first, x, torch.zeros_like(x))
+        else:
+            x = self.drop(x)
+            normed = plain.norm(first, x)
+        for block, following in zip(blocks, [*(b.ln_1 for b in blocks[1:]), None], strict=True):
             out, x = block.sublayers(normed, x, keys, cache)
-            dropout = block.mlp.dropout
-        return plain.residual_norm(dropout, self.ln_f, out, x)
+            if following is None:
+                return plain.residual_norm(block.mlp.dropout, self.ln_f, out, x)
+            normed, x = plain.residual_norm_and_sum(block.mlp.dropout, following, out, x)
+        raise AssertionError("there is a last block")
 
 
 class GPT2LMHeadModel(stock.GPT2LMHeadModel):  # type: ignore[misc]
