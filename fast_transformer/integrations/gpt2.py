@@ -97,7 +97,7 @@ class GPT2Block(stock.GPT2Block):  # type: ignore[misc]
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """(batch, length, C) → the same. attention_mask: of a `GPT2Model` of ours, or of a stock one."""
+        """(batch, length, C) → the same. attention_mask: Keys, or what the stock model makes."""
         mask = attention_mask
         if not isinstance(mask, Keys):
             if (
@@ -201,7 +201,9 @@ class GPT2Model(stock.GPT2Model):  # type: ignore[misc]
             or stock_call((), kwargs)
             or not getattr(config, "return_dict", True)
             or not getattr(config, "is_causal", True)
-            or any(asked(f"output_{name}", config, kwargs) for name in ("hidden_states", "attentions"))
+            or any(
+                asked(f"output_{name}", config, kwargs) for name in ("hidden_states", "attentions")
+            )
             or not kv_cache.known(cache)
             or (cache is not None and not readable(given))
             # without a mask these may tell of several sequences in one row
@@ -298,7 +300,7 @@ class GPT2LMHeadModel(stock.GPT2LMHeadModel):  # type: ignore[misc]
             )
         outputs = self.transformer(input_ids, **kwargs)
         hidden = stock.slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        # of many rows the stock product is as fast or faster, being one large product and nothing else
+        # for many rows the stock product is as fast or faster: it is large, and nothing else
         few = hidden.numel() <= MOST_HEAD_ROWS * hidden.shape[-1]
         logits = plain.linear(self.lm_head, hidden) if few else self.lm_head(hidden)
         loss = None
@@ -322,9 +324,7 @@ _TARGETS = {
     stock.GPT2LMHeadModel: GPT2LMHeadModel,
 }
 for _class in (GPT2Model, GPT2LMHeadModel):  # where the recorder of outputs looks for them, by name
-    dict.__setitem__(
-        output_capturing._CAN_RECORD_REGISTRY, str(_class), _class._can_record_outputs
-    )
+    dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(_class), _class._can_record_outputs)
 
 
 def accelerated(kind: type) -> type | None:

@@ -51,8 +51,8 @@ def accelerate(
     """Swap fused modules into `model`, in place; `restore` undoes it, `explain` tells what it did.
 
     Layers and stacks of torch.nn's Transformer encoder, of the BERT family and of GPT-2 of
-    transformers become subclasses of what they were. Parameters, their names, hooks and the state_dict stay
-    the same objects and keys. What cannot be taken over stays as it was.
+    transformers become subclasses of what they were. Parameters, their names, hooks and the
+    state_dict stay the same objects and keys. What cannot be taken over stays as it was.
 
     Args:
         model: any module; it may be accelerated already, or lie on the meta device.
