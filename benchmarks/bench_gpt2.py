@@ -132,7 +132,7 @@ def _decode(label, ours, stock, exact, prompt, dtype, compiled) -> Race:
         )
     return Race(
         label, "decode", dtype, "", calls, {}, wrong, error, plain_error,
-        bytes=weight_bytes(stock) * NEW, long=True,
+        bytes=weight_bytes(stock), times=NEW, long=True,
     )  # fmt: skip
 
 

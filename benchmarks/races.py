@@ -39,7 +39,8 @@ class Race:
 
     calls: "ours", "pytorch" and other peers. unavailable: peers that do not run here, and why.
     wrong: why ours must not be timed. error, plain_error: of ours and of the stock model in this
-    dtype, relative to the largest value. flops, bytes: of the work; whichever it is bound by.
+    dtype, relative to the largest value. flops, bytes: of the work, whichever it is bound by; the
+    bytes are read so many `times`.
     long: a call takes about a second or more.
     """
 
@@ -54,6 +55,7 @@ class Race:
     plain_error: float = 0.0
     flops: float | None = None
     bytes: float | None = None
+    times: int = 1
     long: bool = False
 
     def run(self, suite: str, rounds: int) -> Result:
@@ -75,7 +77,7 @@ class Race:
         return Result(
             suite, self.name, self.kind, self.dtype, self.step,
             timings=interleaved(calls, rounds, seconds=0.005), unavailable=unavailable,
-            flops=self.flops, bytes=self.bytes,
+            flops=self.flops, bytes=self.bytes and self.bytes * self.times,
             limit=physical_limit(self.flops, self.bytes, self.dtype, reads_alone=True),
             memory=memory, error=self.error, plain_error=self.plain_error,
         )  # fmt: skip
