@@ -46,8 +46,8 @@ void gradients_of_chunk(const LinearGradParams& p, const Parallel& parallel, con
   using D = Dot<T>;
   const bool first = begin == 0, last = begin + rows == p.m;
   if (p.dx) {
-    matmul(parallel, {rows, p.k, p.n}, rows_along_k<D, Dy>(dpre, p.n),
-           itself<D, T>(p.weight), Stored<T>{rows_from<T>(p.dx, begin)});
+    matmul(parallel, {rows, p.k, p.n}, rows_along_k<D, Dy>(dpre, p.n), itself<D, T>(p.weight),
+           Stored<T>{rows_from<T>(p.dx, begin)});
   }
   dw.template add<Dy, T>(parallel, dpre, rows_from<T>(p.x, begin), rows, first, last);
   db.template add<Dy>(parallel, dpre, rows, first, last);

@@ -79,8 +79,7 @@ void backward(const MlpGradParams& p, const Parallel& parallel) {
     const HiddenGradient<T> gradient{
         p.activation, rows_from<T>(p.pre, begin), dpre, hidden, p.dropout, begin};
     if (deeper) {
-      matmul(parallel, {rows, p.f, p.n}, rows_along_k<D, T>(dy, p.n), itself<D, T>(p.w2),
-             gradient);
+      matmul(parallel, {rows, p.f, p.n}, rows_along_k<D, T>(dy, p.n), itself<D, T>(p.w2), gradient);
     } else if (hidden) {
       recompute(parallel, rows, p.f, gradient);
     }
@@ -89,8 +88,8 @@ void backward(const MlpGradParams& p, const Parallel& parallel) {
     dw1.template add<Kept<T>, T>(parallel, dpre, x, rows, first, last);
     db1.template add<Kept<T>>(parallel, dpre, rows, first, last);
     if (p.dx) {
-      matmul(parallel, {rows, p.k, p.f}, rows_along_k<D, Kept<T>>(dpre, p.f),
-             itself<D, T>(p.w1), Stored<T>{rows_from<T>(p.dx, begin)});
+      matmul(parallel, {rows, p.k, p.f}, rows_along_k<D, Kept<T>>(dpre, p.f), itself<D, T>(p.w1),
+             Stored<T>{rows_from<T>(p.dx, begin)});
     }
   });
 }
