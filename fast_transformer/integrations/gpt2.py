@@ -44,7 +44,7 @@ def _added(dropout: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
         dropped: Tensor = dropout(x)
         return dropped if residual is None else residual + dropped
     residual = torch.zeros_like(x) if residual is None else residual
-    return ops.add_norm(x, residual, dropout_p=dropout.p, return_sum=True)[1]  # type: ignore[arg-type, no-any-return]
+    return ops.add_norm(x, residual, dropout_p=dropout.p, return_sum=True)[1]  # type: ignore[arg-type]
 
 
 def _weights_wanted() -> bool:
@@ -140,7 +140,7 @@ class GPT2Block(stock.GPT2Block):  # type: ignore[misc]
         B, T, C = x.shape
         query, key, value = (
             part.view(B, T, attn.num_heads, attn.head_dim).transpose(1, 2)
-            for part in project(attn.c_attn, x).split(C, dim=2)
+            for part in torch.split(project(attn.c_attn, x), C, dim=2)
         )
         keys = mask if isinstance(mask, Keys) else None
         if cache is not None:
@@ -159,7 +159,7 @@ class GPT2Block(stock.GPT2Block):  # type: ignore[misc]
             key_starts=keys and keys.starts, key_lengths=keys and keys.lengths,
             scale=attn.scaling, dropout_p=attn.attn_dropout.p if attn.training else 0.0,
         )  # fmt: skip
-        return out.transpose(1, 2).flatten(-2)  # type: ignore[no-any-return]
+        return out.transpose(1, 2).flatten(-2)
 
 
 class GPT2Model(stock.GPT2Model):  # type: ignore[misc]

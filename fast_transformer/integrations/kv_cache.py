@@ -92,14 +92,16 @@ def decode(
     """
     layer = _layer(cache, index)
     static = type(cache) is StaticCache
-    room = (layer.keys, layer.values) if static else _with_room(layer, before, key, value)
+    keys, values = (layer.keys, layer.values) if static else _with_room(layer, before, key, value)
     lengths = torch.full((query.shape[0],), before, dtype=torch.int32, device=query.device)
-    out = attention_decode(query, *room, lengths, new_key=key, new_value=value, scale=scale)
+    out: Tensor = attention_decode(
+        query, keys, values, lengths, new_key=key, new_value=value, scale=scale
+    )
     if static:
         layer.cumulative_length.add_(query.shape[2])
     else:
-        _show(layer, *room, before + query.shape[2])
-    return out.transpose(1, 2).flatten(-2)  # type: ignore[no-any-return]
+        _show(layer, keys, values, before + query.shape[2])
+    return out.transpose(1, 2).flatten(-2)
 
 
 def _layer(cache: Any, index: int) -> Any:
