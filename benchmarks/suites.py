@@ -66,10 +66,8 @@ def results(suite: str, o: Options) -> Iterator[Result]:
             if o.only in name:
                 yield timed(suite, name, name.partition(",")[0], "fp32", pair, o.rounds)
     else:
-        dtypes = [dtype for dtype in o.dtypes if dtype in bench_models.DTYPES]
-        for name, dtype, pair in bench_models.pairs(o.only, dtypes, o.quick):
-            kind = name.rpartition(" ")[2]  # inference or training
-            yield timed(suite, name, kind, dtype, pair, o.rounds)
+        for race in bench_models.races(o.only, o.dtypes, o.quick, o.full, o.compiled):
+            yield race.run(suite, o.rounds)
 
 
 def op_results(suite: str, o: Options) -> Iterator[Result]:
@@ -95,10 +93,8 @@ def cases(suite: str, o: Options) -> list[testing.Case]:
 
 
 def timed(
-    suite: str, name: str, kind: str, dtype: str, pair: bench_models.Pair | str, rounds: int
+    suite: str, name: str, kind: str, dtype: str, pair: bench_calls.Pair, rounds: int
 ) -> Result:
-    """Ours and PyTorch's side by side, or what is wrong with ours."""
-    if isinstance(pair, str):
-        return Result(suite, name, kind, dtype, "", wrong=pair)
+    """Ours and PyTorch's side by side."""
     calls = dict(zip(("ours", "pytorch"), pair, strict=True))
     return Result(suite, name, kind, dtype, "", interleaved(calls, rounds, seconds=0.005))

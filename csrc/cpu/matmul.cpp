@@ -225,7 +225,7 @@ void many_rows(const Parallel& parallel, const Size& size, const Left<D>& a, con
 // Products below this take less time than waking a thread.
 constexpr int64_t kSerialProducts = int64_t{1} << 19;
 // Of C's rows that a streamed B is added to: a share of L1. And elements of k that are added up,
-// eight a step, before the sums of others: so no sum has many terms, and rounding errors stay
+// sixteen a step, before the sums of others: so no sum has many terms, and rounding errors stay
 // small.
 constexpr int64_t kStreamedBytes = int64_t{24} << 10;
 constexpr int64_t kLeastRun = 256;  // of columns

@@ -10,7 +10,7 @@
 namespace ft::FT_ISA {
 
 inline constexpr int64_t kSegmentCols = 512;
-inline constexpr int64_t kRowsAhead = 8;  // are fetched while a row is read
+inline constexpr int64_t kRowsAhead = 16;  // are fetched while a row is read
 
 // c (kRows x cols) += x · rows of kSteps lanes, summed from zero and then added; C is overwritten
 // where they are the first. `b`: the first of these rows.
@@ -22,7 +22,7 @@ void stream_steps(const typename D::Lane* x, int64_t x_ld, const T* b, int64_t l
   for (int i = 0; i < kSteps * D::kPerLane; ++i) rows[i] = b + i * ld;
   const auto columns = [&]<int kCount>(std::integral_constant<int, kCount>, int64_t col) {
     Vec acc[kRows][kCount];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kSteps; ++i) {
       UVec v[kCount];
       load_keys<D, T>(rows + i * D::kPerLane, col, end - col, v);
@@ -61,7 +61,7 @@ void stream_steps(const typename D::Lane* x, int64_t x_ld, const T* b, int64_t l
 template <typename D, typename T>
 void stream_lanes(const typename D::Lane* x, int64_t x_ld, int64_t rows, const T* b, int64_t ld,
                   int64_t cols, int64_t depth, float* c, int64_t ldc) {
-  constexpr int kSteps = 8 / D::kPerLane;
+  constexpr int kSteps = 16 / D::kPerLane;
   const auto steps = [&]<int kCount>(std::integral_constant<int, kCount>, int64_t l) {
     const int64_t segment = rows > 4 ? kSegmentCols : cols;
     for (int64_t n = 0; n < cols; n += segment) {

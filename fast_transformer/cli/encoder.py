@@ -28,7 +28,7 @@ def minilm() -> Path:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model of a Hugging Face folder, on PyTorch's own fused attention, ready to infer."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     model: nn.Module = AutoModel.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype)
     return model.eval()

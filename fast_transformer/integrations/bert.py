@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fast_transformer.integrations import masks
+from fast_transformer.integrations.calls import activation_of, asked, stock_call
 from fast_transformer.integrations.embeddings import Embeddings
 from fast_transformer.nn.padding import Packing, readable
 from fast_transformer.nn.plain import (
     any_hooked,
-    hooked,
     is_linear,
     linear,
     perceptron,
@@ -35,45 +35,6 @@ PREFIXES = {  # transformers.models.<family>.modeling_<family> -> how its classe
     "roberta": "Roberta",
     "xlm_roberta": "XLMRoberta",
 }
-ACTIVATIONS = {  # of transformers.activations and torch.nn -> our name of it
-    "GELUActivation": "gelu",
-    "NewGELUActivation": "gelu_tanh",
-    "FastGELUActivation": "gelu_tanh",
-    "AccurateGELUActivation": "gelu_tanh",
-    "GELUTanh": "gelu_tanh",
-    "ReLU": "relu",
-    "SiLUActivation": "silu",
-    "SiLU": "silu",
-}
-# What a model hands down that no layer computes with. With any other argument the call is stock.
-HARMLESS = frozenset(
-    ("position_ids", "output_hidden_states", "output_attentions", "use_cache", "return_dict",
-     "num_items_in_batch")
-)  # fmt: skip
-
-
-def _stock_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Tell whether a call asks for what only the stock forward does: a cache, cross-attention."""
-    return any(value is not None for value in args) or any(
-        value is not None and value is not False
-        for name, value in kwargs.items()
-        if name not in HARMLESS
-    )
-
-
-def _asked(name: str, config: Any, kwargs: dict[str, Any]) -> bool:
-    """Tell whether `name` (output_attentions, output_hidden_states) is wanted from this call."""
-    wanted = kwargs.get(name)
-    wanted = getattr(config, name, False) if wanted is None else wanted
-    return wanted is not None and wanted is not False
-
-
-def activation_of(module: object) -> str | None:
-    """Return our name of an activation that a fused step can take in, or None."""
-    if not isinstance(module, nn.Module):
-        return {nn.functional.gelu: "gelu", nn.functional.relu: "relu"}.get(module)  # type: ignore[call-overload, no-any-return]
-    known = type(module).__module__ in ("transformers.activations", "torch.nn.modules.activation")
-    return ACTIVATIONS.get(type(module).__name__) if known and not hooked(module) else None
 
 
 class Layer(nn.Module):
@@ -119,9 +80,9 @@ class Layer(nn.Module):
         """(batch, length, C) → the same; or with a Packing as mask (tokens, C) → the same."""
         mask, containers = attention_mask, self.attention
         if not isinstance(mask, Packing) and (
-            _stock_call(args, kwargs)
+            stock_call(args, kwargs)
             or not (mask is None or (isinstance(mask, Tensor) and mask.dim() in (2, 4)))
-            or _asked("output_attentions", containers.self.config, kwargs)
+            or asked("output_attentions", containers.self.config, kwargs)
         ):
             return super().forward(hidden_states, mask, *args, **kwargs)  # type: ignore[no-any-return]
         part, x = self.parts, hidden_states
@@ -206,7 +167,7 @@ class Encoder(nn.Module):
         """
         mask = attention_mask
         stock: Callable[..., Any] = partial(super().forward, hidden_states)
-        if _stock_call(args, kwargs) or not (mask is None or isinstance(mask, Tensor)):
+        if stock_call(args, kwargs) or not (mask is None or isinstance(mask, Tensor)):
             return stock(mask, *args, **kwargs)
         batch, length = hidden_states.shape[:2]
         keep = None if mask is None else masks.padding(mask, batch, length)
@@ -225,7 +186,7 @@ class Encoder(nn.Module):
     def _packs(self, kwargs: dict[str, Any]) -> bool:
         """Tell whether nobody sees what goes from layer to layer, so that it may be packed."""
         if any(
-            _asked(name, self.config, kwargs)
+            asked(name, self.config, kwargs)
             for name in ("output_hidden_states", "output_attentions")
         ):
             return False

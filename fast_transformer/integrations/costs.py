@@ -23,7 +23,8 @@ def costs(layer: nn.Module) -> Iterator[tuple[str, str]]:
         kind = type(child).__name__
         if hooked(child):
             what = "a forward of its own" if "forward" in child.__dict__ else "hooks"
-            yield name, f"{kind} has {what}: called as a module; its encoder computes padding"
+            cost = getattr(layer, "hook_cost", "called as a module; its encoder computes padding")
+            yield name, f"{kind} has {what}: {cost}"
         elif name.rpartition(".")[2] in _LINEAR and not is_linear(child):
             yield name, f"is {kind}: called as a module"
     if own is not None:

@@ -1,4 +1,6 @@
-"""What the attention mask of an encoder says: which positions are padding."""
+"""What an attention mask says: which positions are padding, and which keys a decoder's rows see."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,3 +50,39 @@ def padding(mask: Tensor, batch: int, length: int) -> Tensor | None:
     if readable(mask):
         return keep if bool(alike) else None
     return keep | ~alike
+
+
+class Keys(NamedTuple):
+    """The keys that the rows of a decoder see, causality apart; all fields None means all of them.
+
+    starts, lengths: (batch,) int32, of the one run of tokens that each sequence has.
+    bias: (batch, 1, 1, keys) bool, where the tokens are no single run, or cannot be looked at.
+    """
+
+    starts: Tensor | None = None
+    lengths: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def all(self) -> bool:
+        """Whether there is no padding."""
+        return self.starts is None and self.lengths is None and self.bias is None
+
+    @classmethod
+    def of(cls, mask: Tensor | None) -> "Keys":
+        """mask: (batch, keys), true or not 0 where there is a token; None where all are tokens."""
+        if mask is None:
+            return cls()
+        keep = mask.bool()
+        if not readable(mask):
+            return cls(bias=keep[:, None, None, :])
+        if bool(keep.all()):
+            return cls()
+        total = keep.sum(1, dtype=torch.int32)
+        first = keep.byte().argmax(1).to(torch.int32)
+        run = torch.arange(keep.shape[1], device=keep.device)
+        within = (run >= first[:, None]) & (run < (first + total)[:, None])
+        if not torch.equal(within, keep):
+            return cls(bias=keep[:, None, None, :])
+        left, right = bool(keep[:, -1].all()), bool(keep[:, 0].all())
+        return cls(None if right else first, None if left else first + total)

@@ -30,6 +30,8 @@ def entry(stock: type) -> Entry | None:
     if stock.__module__.startswith("torch.nn."):
         return _torch().get(stock)
     if stock.__module__.startswith("transformers.models."):  # only then is it worth an import
+        if stock.__module__ == "transformers.models.gpt2.modeling_gpt2":
+            return _gpt2(stock)
         from fast_transformer.integrations import bert, embeddings, rms
 
         if (norm := rms.accelerated(stock)) is not None:
@@ -42,6 +44,17 @@ def entry(stock: type) -> Entry | None:
                 return Entry(target, "always", embeddings.sample)
             return Entry(target, "never", lambda m: _batches(m.attention.self.config.hidden_size))
     return None
+
+
+def _gpt2(stock: type) -> Entry | None:
+    from fast_transformer.integrations import gpt2
+
+    target = gpt2.accelerated(stock)
+    if target is None:
+        return None
+    if target is not gpt2.GPT2Block:
+        return Entry(target, "always", None)
+    return Entry(target, "never", lambda m: _batches(m.attn.embed_dim))
 
 
 @cache

@@ -50,9 +50,10 @@ def accelerate(
 ) -> nn.Module:
     """Swap fused modules into `model`, in place; `restore` undoes it, `explain` tells what it did.
 
-    Layers and stacks of torch.nn's Transformer encoder and of the BERT family of transformers, and
-    norms of both, become subclasses of what they were. Parameters, their names, hooks and the
-    state_dict stay the same objects and keys. What cannot be taken over stays as it was.
+    Layers and stacks of torch.nn's Transformer encoder, of the BERT family and of GPT-2 of
+    transformers, and norms of both, become subclasses of what they were. Parameters, their names,
+    hooks and the state_dict stay the same objects and keys. What cannot be taken over stays as it
+    was.
 
     Args:
         model: any module; it may be accelerated already, or lie on the meta device.
@@ -87,7 +88,7 @@ def accelerate(
         nothing = "nothing to accelerate: " + (
             "; ".join(f"{c.name or 'the model'}: {c.reason}" for c in staying)
             or f"{type(model).__name__} has no module of torch.nn's Transformer encoder or of "
-            "transformers' BERT family"
+            "transformers' BERT family or GPT-2"
         )
         if strict:
             raise RuntimeError(f"accelerate: {nothing}.")
