@@ -42,8 +42,8 @@ class AffineGradient {
         scratch_(Scratch::bytes<float>(2 * chunks_ * width_)),
         sums_(scratch_.take<float>(2 * chunks_ * width_)) {}
 
-  // Calls `row(r, dweight, dbias)` for every row, to add its share to the two; `make()` makes what
-  // a thread needs for it. At least `unit_rows` rows make a unit of work.
+  // Calls `run(begin, end, dweight, dbias)` of what `make()` makes for a thread, to add the shares
+  // of these rows to the two. At least `unit_rows` rows make a unit of work.
   template <typename Make>
   void add_rows(const Parallel& parallel, int64_t unit_rows, const Make& make) {
     const int64_t unit_chunks = ceil_div(unit_rows, chunk_rows_);
@@ -54,8 +54,7 @@ class AffineGradient {
         for (int64_t c = unit * unit_chunks; c < last; ++c) {
           float *dweight = sums_ + 2 * c * width_, *dbias = dweight + width_;
           std::fill_n(dweight, 2 * width_, 0.0f);
-          const int64_t end = std::min(rows_, (c + 1) * chunk_rows_);
-          for (int64_t r = c * chunk_rows_; r < end; ++r) worker.run(r, dweight, dbias);
+          worker.run(c * chunk_rows_, std::min(rows_, (c + 1) * chunk_rows_), dweight, dbias);
         }
       }
     });
@@ -64,17 +63,22 @@ class AffineGradient {
   // Either may be absent.
   void finish(const Parallel& parallel, float* dweight, float* dbias) const {
     if (!dweight && !dbias) return;
-    for_units(parallel, width_ / kColumns, [&](Units& units) {
+    // waking a thread takes about as long as to read so much
+    const int64_t block = round_up(ceil_div(int64_t{32} << 10, 8 * chunks_), kColumns);
+    for_units(parallel, ceil_div(channels_, block), [&](Units& units) {
       for (int64_t unit; units.next(unit);) {
-        const int64_t j = unit * kColumns, n = std::min(kColumns, channels_ - j);
-        double of_weight[kColumns] = {}, of_bias[kColumns] = {};
-        for (int64_t c = 0; c < chunks_; ++c) {
-          const float *w = sums_ + 2 * c * width_ + j, *b = w + width_;
-          for (int i = 0; i < kColumns; ++i) of_weight[i] += w[i];
-          for (int i = 0; i < kColumns; ++i) of_bias[i] += b[i];
+        const int64_t end = std::min(channels_, (unit + 1) * block);
+        for (int64_t j = unit * block; j < end; j += kColumns) {
+          double of_weight[kColumns] = {}, of_bias[kColumns] = {};
+          for (int64_t c = 0; c < chunks_; ++c) {
+            const float *w = sums_ + 2 * c * width_ + j, *b = w + width_;
+            for (int i = 0; i < kColumns; ++i) of_weight[i] += w[i];
+            for (int i = 0; i < kColumns; ++i) of_bias[i] += b[i];
+          }
+          const int64_t n = std::min(kColumns, end - j);
+          if (dweight) std::copy_n(of_weight, n, dweight + j);
+          if (dbias) std::copy_n(of_bias, n, dbias + j);
         }
-        if (dweight) std::copy_n(of_weight, n, dweight + j);
-        if (dbias) std::copy_n(of_bias, n, dbias + j);
       }
     });
   }

@@ -183,7 +183,12 @@ class Backward {
     draws_ = scratch_.take<uint16_t>(draw_space(p.channels));
   }
 
-  // Writes dh of a token, adds its shares to dweight and dbias.
+  // Writes dh of tokens [begin, end), adds their shares to dweight and dbias.
+  void run(int64_t begin, int64_t end, float* dweight, float* dbias) const {
+    for (int64_t token = begin; token < end; ++token) run(token, dweight, dbias);
+  }
+
+ private:
   void run(int64_t token, float* dweight, float* dbias) const {
     gather_.fetch_word(token + kAhead);
     const int64_t channels = p_.channels;
@@ -212,7 +217,6 @@ class Backward {
     });
   }
 
- private:
   const EmbeddingGradParams& p_;
   T* const dh_;
   Scratch scratch_;

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "affine.h"
 #include "dropout.h"
 #include "norm.h"
 #include "parallel.h"
@@ -62,24 +63,6 @@ void with_flags(bool a, bool b, const F& f) {
   } else {
     b ? f(std::false_type{}, std::true_type{}) : f(std::false_type{}, std::false_type{});
   }
-}
-
-// weight or bias as floats: where it is, or written to `buffer`, or `absent` everywhere.
-const float* parameter(const void* data, DType dtype, float absent, int64_t channels,
-                       float* buffer) {
-  if (!data) {
-    std::fill_n(buffer, channels, absent);
-    return buffer;
-  }
-  if (dtype == DType::kFloat32) return static_cast<const float*>(data);
-  with_storage(dtype, [&](auto storage) {
-    const auto* from = static_cast<const decltype(storage)*>(data);
-    for (int64_t j = 0; j < channels; j += kWidth) {
-      const int64_t n = std::min<int64_t>(kWidth, channels - j);
-      store(buffer + j, load(from + j, n), n);
-    }
-  });
-  return buffer;
 }
 
 // ---- Forward
@@ -192,46 +175,6 @@ void forward(const NormParams& p, const Parallel& parallel) {
 
 // ---- Backward
 
-// Sums over rows are taken chunk by chunk, and the chunks' sums in order and in double: the same
-// bits for every number of threads. At most 64 rows a chunk, so that few values meet in one float;
-// at least 16, so that the chunks' sums are little beside the rows; between them 128 chunks, which
-// keep many threads busy. Narrow rows cost little and have few columns to even out an unlucky
-// rounding: two rows a chunk do for them.
-int64_t chunk_rows(int64_t rows, int64_t channels) {
-  return std::clamp<int64_t>(ceil_div(rows, 128), channels < 64 ? 2 : 16, 64);
-}
-
-// dweight and dbias of every chunk: [chunk][2][width].
-struct Partials {
-  float* data;
-  int64_t chunks, width;
-
-  float* dweight(int64_t chunk) const { return data + 2 * chunk * width; }
-  float* dbias(int64_t chunk) const { return dweight(chunk) + width; }
-};
-constexpr int64_t kColumns = 64;  // that are reduced at a time; Partials::width is a multiple
-
-void reduce(const Partials& partials, const NormGradParams& p, const Parallel& parallel) {
-  const int64_t block = round_up(ceil_div(kUnitBytes, 8 * partials.chunks), kColumns);
-  for_units(parallel, ceil_div(p.channels, block), [&](Units& units) {
-    int64_t unit;
-    while (units.next(unit)) {
-      const int64_t end = std::min(p.channels, (unit + 1) * block);
-      for (int64_t j = unit * block; j < end; j += kColumns) {
-        double dweight[kColumns] = {}, dbias[kColumns] = {};
-        for (int64_t c = 0; c < partials.chunks; ++c) {
-          const float *w = partials.dweight(c) + j, *b = partials.dbias(c) + j;
-          for (int i = 0; i < kColumns; ++i) dweight[i] += w[i];
-          for (int i = 0; i < kColumns; ++i) dbias[i] += b[i];
-        }
-        const int64_t n = std::min(kColumns, end - j);
-        if (p.dweight) std::copy_n(dweight, n, p.dweight + j);
-        if (p.dbias) std::copy_n(dbias, n, p.dbias + j);
-      }
-    }
-  });
-}
-
 // Rows that backward takes side by side: of floats between 2 and 8 KB one, since L1 has room for
 // it, dweight and dbias, and not for two (10% of the time, Sapphire Rapids).
 template <typename T>
@@ -252,9 +195,18 @@ class Backward {
     for (auto& draws : draws_) draws = scratch_.take<uint16_t>(draw_space(p.channels));
   }
 
-  // Writes dh and dx of rows [first, first + kCount), adds their shares to dweight and dbias.
+  // Writes dh and dx of rows [begin, end), adds their shares to dweight and dbias.
+  void run(int64_t begin, int64_t end, float* dweight, float* dbias) const {
+    int64_t r = begin;
+    if (side_by_side<T>(p_.channels)) {
+      for (; r + kRows <= end; r += kRows) run_rows<kRows>(r, dweight, dbias);
+    }
+    for (; r < end; ++r) run_rows<1>(r, dweight, dbias);
+  }
+
+ private:
   template <int kCount>
-  void run(int64_t first, float* dweight, float* dbias) const {
+  void run_rows(int64_t first, float* dweight, float* dbias) const {
     const T *grad_out[kCount], *grad_sum[kCount], *h[kCount];
     T *dresidual[kCount], *dx[kCount];
     typename Norm::Gradient norms[kCount];
@@ -294,8 +246,6 @@ class Backward {
       if constexpr (Norm::kHasBias) store(dbias + j, db);
     });
   }
-
- private:
   auto measure(int64_t r, const T* grad_out, const T* h) const {
     const float* weight = weight_;
     return Norm::Gradient::of_row(
@@ -318,29 +268,10 @@ class Backward {
 
 template <typename Norm, typename T, bool kDrops, bool kAddsGrad>
 void backward(const NormGradParams& p, const Parallel& parallel) {
-  const int64_t C = p.channels, chunk = chunk_rows(p.rows, C), width = round_up(C, kColumns);
-  const int64_t chunks = std::max<int64_t>(1, ceil_div(p.rows, chunk));  // without rows: zeros
-  const int64_t unit_chunks = ceil_div(unit_rows(C, sizeof(T)), chunk);
-  Scratch sums(Scratch::bytes<float>(2 * chunks * width));
-  const Partials partials{sums.take<float>(2 * chunks * width), chunks, width};
-  for_units(parallel, ceil_div(chunks, unit_chunks), [&](Units& units) {
-    const Backward<Norm, T, kDrops, kAddsGrad> worker(p);
-    int64_t unit;
-    while (units.next(unit)) {
-      const int64_t last = std::min(chunks, (unit + 1) * unit_chunks);
-      for (int64_t c = unit * unit_chunks; c < last; ++c) {
-        std::fill_n(partials.dweight(c), 2 * width, 0.0f);
-        const int64_t end = std::min(p.rows, (c + 1) * chunk);
-        float *dweight = partials.dweight(c), *dbias = partials.dbias(c);
-        int64_t r = c * chunk;
-        if (side_by_side<T>(C)) {
-          for (; r + kRows <= end; r += kRows) worker.template run<kRows>(r, dweight, dbias);
-        }
-        for (; r < end; ++r) worker.template run<1>(r, dweight, dbias);
-      }
-    }
-  });
-  if (p.dweight || p.dbias) reduce(partials, p, parallel);
+  AffineGradient affine(p.rows, p.channels);
+  affine.add_rows(parallel, unit_rows(p.channels, sizeof(T)),
+                  [&] { return Backward<Norm, T, kDrops, kAddsGrad>(p); });
+  affine.finish(parallel, p.dweight, p.dbias);
 }
 
 }  // namespace
