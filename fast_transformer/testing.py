@@ -4,7 +4,8 @@ A case says what is computed, not on what: `case.inputs(dtype)` makes fresh argu
 function `case.op`, the same at every call. Cases for "test" are small and odd, those for "bench"
 have the sizes that models use, those for "long" take minutes; all are fixed, so that no kernel is
 tuned to be measured. A case's `kind` is the class that it is summed up in. Those of attention are
-in attention_cases.py and decode_cases.py, those of losses in loss_cases.py.
+in attention_cases.py and decode_cases.py, those of losses in loss_cases.py, those of gated_mlp
+and qkv_projection in projection_cases.py.
 """
 
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from fast_transformer.attention_cases import (
 )
 from fast_transformer.decode_cases import DECODE_CASES, DecodeCase
 from fast_transformer.loss_cases import LOSS_CASES, LossCase
+from fast_transformer.projection_cases import PROJECTION_CASES, GatedMlpCase, QkvCase
 
 __all__ = [
     "CASES",
@@ -30,8 +32,10 @@ __all__ = [
     "AttentionCase",
     "DecodeCase",
     "LossCase",
+    "GatedMlpCase",
     "MlpCase",
     "NormCase",
+    "QkvCase",
     "RelativeCase",
     "assert_close_to_reference",
     "cases",
@@ -135,7 +139,16 @@ class MlpCase:
         return made
 
 
-Case = AttentionCase | RelativeCase | DecodeCase | NormCase | MlpCase | LossCase
+Case = (
+    AttentionCase
+    | RelativeCase
+    | DecodeCase
+    | NormCase
+    | MlpCase
+    | LossCase
+    | GatedMlpCase
+    | QkvCase
+)
 
 
 def _norm_tests() -> Iterable[NormCase]:
@@ -199,6 +212,7 @@ CASES: tuple[Case, ...] = (
     *_mlp_tests(),
     *_mlp_benches(),
     *LOSS_CASES,
+    *PROJECTION_CASES,
 )
 
 

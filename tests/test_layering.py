@@ -24,7 +24,7 @@ LAYERS = [
     {"nn"},
     {"optim"},
     {"testing"},
-    {"decode_cases", "loss_cases"},
+    {"decode_cases", "loss_cases", "projection_cases"},
     {"accuracy", "attention_cases", "timing"},
     {"ops"},
     {"env"},
