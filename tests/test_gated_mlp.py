@@ -127,7 +127,7 @@ def test_recompute_lowers_the_peak(cpu, op):
     kept, made = peak_memory(step(False)), peak_memory(step(True))
     if kept is None:
         pytest.skip("the peak of this process's memory cannot be read here")
-    assert kept - made > 0.7 * 4 * M * hidden * (2 if op == "gated_mlp" else 1)
+    assert kept - made > 0.6 * 4 * M * hidden * (2 if op == "gated_mlp" else 1)
 
 
 @pytest.mark.parametrize("needed", ALL)

@@ -30,7 +30,7 @@ inline constexpr int kWidth = 4;
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t IVec __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t UVec __attribute__((vector_size(4 * kWidth)));
-typedef uint16_t HVec __attribute__((vector_size(2 * kWidth)));   // 16-bit storage of one Vec
+typedef uint16_t HVec __attribute__((vector_size(2 * kWidth)));  // 16-bit storage of one Vec
 typedef uint16_t HPair __attribute__((vector_size(4 * kWidth)));  // two of them
 typedef uint64_t U64Vec __attribute__((vector_size(4 * kWidth)));
 typedef double DVec __attribute__((vector_size(4 * kWidth)));  // half as many lanes
