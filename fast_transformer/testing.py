@@ -24,6 +24,7 @@ from fast_transformer.attention_cases import (
 from fast_transformer.decode_cases import DECODE_CASES, DecodeCase
 from fast_transformer.embedding_cases import EMBEDDING_CASES, EmbeddingCase
 from fast_transformer.loss_cases import LOSS_CASES, LossCase
+from fast_transformer.projection_cases import PROJECTION_CASES, GatedMlpCase, QkvCase
 from fast_transformer.rotary_cases import ROTARY_CASES, RotaryCase
 
 __all__ = [
@@ -33,8 +34,10 @@ __all__ = [
     "DecodeCase",
     "LossCase",
     "EmbeddingCase",
+    "GatedMlpCase",
     "MlpCase",
     "NormCase",
+    "QkvCase",
     "RelativeCase",
     "RotaryCase",
     "assert_close_to_reference",
@@ -152,6 +155,8 @@ Case = (
     | LossCase
     | RotaryCase
     | EmbeddingCase
+    | GatedMlpCase
+    | QkvCase
 )
 
 
@@ -231,6 +236,7 @@ CASES: tuple[Case, ...] = (
     *LOSS_CASES,
     *ROTARY_CASES,
     *EMBEDDING_CASES,
+    *PROJECTION_CASES,
 )
 
 

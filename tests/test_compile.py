@@ -292,8 +292,8 @@ def operator_calls():
         yield "linear_act_bwd", (pre, x, w1, saved, activation, False, False, True)
     yield "mlp_fwd", (x, w1, b1, w2, b2, seed, 2, 0.5, True)
     yield "mlp_fwd", (x, w1, None, w2, None, None, 3, 0.0, False)
-    yield "mlp_bwd", (dy, x, w1, w2, pre, seed, 2, 0.5, True, True, True, True, True)
-    yield "mlp_bwd", (dy, x, w1, w2, pre, None, 3, 0.0, False, True, False, True, False)
+    yield "mlp_bwd", (dy, x, w1, None, w2, pre, seed, 2, 0.5, True, True, True, True, True)
+    yield "mlp_bwd", (dy, x, w1, b1, w2, None, None, 3, 0.0, False, True, False, True, False)
 
 
 @pytest.mark.parametrize(("name", "arguments"), list(operator_calls()))

@@ -24,7 +24,7 @@ LAYERS = [
     {"nn"},
     {"optim"},
     {"testing"},
-    {"decode_cases", "embedding_cases", "loss_cases", "rotary_cases"},
+    {"decode_cases", "embedding_cases", "loss_cases", "projection_cases", "rotary_cases"},
     {"accuracy", "attention_cases", "timing"},
     {"ops"},
     {"env"},

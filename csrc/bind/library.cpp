@@ -82,9 +82,34 @@ STABLE_TORCH_LIBRARY(fast_transformer, m) {
       "mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? seed, "
       "int activation, float dropout_p, bool save_pre) -> (Tensor y, Tensor pre)");
   m.def(
-      "mlp_bwd(Tensor grad_out, Tensor x, Tensor w1, Tensor w2, Tensor pre, Tensor? seed, "
-      "int activation, float dropout_p, bool need_dx, bool need_dw1, bool need_db1, bool need_dw2, "
+      "mlp_bwd(Tensor grad_out, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? pre, "
+      "Tensor? seed, int activation, float dropout_p, bool need_dx, bool need_dw1, bool need_db1, "
+      "bool need_dw2, "
       "bool need_db2) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)");
+  m.def(
+      "gated_mlp_fwd(Tensor x, Tensor w_gate, Tensor? b_gate, Tensor w_up, Tensor? b_up, "
+      "Tensor w_down, Tensor? b_down, int activation, bool save) "
+      "-> (Tensor y, Tensor gate, Tensor up)");
+  m.def(
+      "gated_mlp_bwd(Tensor grad_out, Tensor x, Tensor w_gate, Tensor? b_gate, Tensor w_up, "
+      "Tensor? b_up, Tensor w_down, Tensor? gate, Tensor? up, int activation, bool need_dx, "
+      "bool need_dw_gate, bool need_db_gate, bool need_dw_up, bool need_db_up, "
+      "bool need_dw_down, bool need_db_down) -> (Tensor dx, Tensor dw_gate, Tensor db_gate, "
+      "Tensor dw_up, Tensor db_up, Tensor dw_down, Tensor db_down)");
+
+  // The weights are query's, key's and value's, or all three in the first. The results are
+  // (batch, heads, length, head_dim), of a matrix x (tokens, heads, head_dim); their gradients are
+  // contiguous in the order of x's rows, (batch, length, heads, head_dim).
+  m.def(
+      "qkv_projection_fwd(Tensor x, Tensor weight, Tensor? key_weight, Tensor? value_weight, "
+      "Tensor? bias, Tensor? key_bias, Tensor? value_bias, int heads, int kv_heads) "
+      "-> (Tensor query, Tensor key, Tensor value)");
+  m.def(
+      "qkv_projection_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor x, Tensor weight, "
+      "Tensor? key_weight, Tensor? value_weight, bool need_dx, bool need_dweight, "
+      "bool need_dkey_weight, bool need_dvalue_weight, bool need_dbias, bool need_dkey_bias, "
+      "bool need_dvalue_bias) -> (Tensor dx, Tensor dweight, Tensor dkey_weight, "
+      "Tensor dvalue_weight, Tensor dbias, Tensor dkey_bias, Tensor dvalue_bias)");
 
   // Weights that modules prepare for inference: panels, or with a scale (out, in) of int8.
   m.def("pack_weight(Tensor weight) -> Tensor");

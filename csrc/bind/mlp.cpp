@@ -1,62 +1,10 @@
 // linear_act and mlp: tensors in, params structs out. Their schemas are in library.cpp.
 #include "../common/mlp.h"
 
-#include "tensor.h"
+#include "linear.h"
 
 namespace ft::bind {
 namespace {
-
-Activation activation(const char* op, int64_t code) {
-  STD_TORCH_CHECK(code >= 0 && code <= static_cast<int64_t>(Activation::kSilu), op,
-                  ": unknown activation");
-  return static_cast<Activation>(code);
-}
-void check_rows(const char* op, const char* name, const Tensor& t, int64_t features,
-                const Tensor& x) {
-  STD_TORCH_CHECK(t.dim() >= 1 && t.size(t.dim() - 1) == features && row_count(t) == row_count(x) &&
-                      scalar_type(t) == scalar_type(x),
-                  op, ": ", name, " must have x's rows and dtype, and ", features, " columns");
-}
-void check_weight(const char* op, const char* name, const Tensor& t, int64_t in, const Tensor& x) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == in && scalar_type(t) == scalar_type(x), op, ": ",
-                  name, " must be (out, ", in, ") of x's dtype");
-}
-OptionalTensor bias(const char* op, const char* name, const OptionalTensor& t, int64_t out,
-                    const Tensor& x) {
-  if (!t) return t;
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == out && scalar_type(*t) == scalar_type(x), op, ": ",
-                  name, " must be (", out, ",) of x's dtype");
-  return t->is_contiguous() ? t : OptionalTensor(torch::stable::contiguous(*t));
-}
-// Raises unless x is a floating tensor of at least one dimension; returns its dtype.
-DType checked_dtype(const char* op, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension");
-  STD_TORCH_CHECK(dtype(x) != DType::kBool, op, ": x must be a floating tensor");
-  return dtype(x);
-}
-int64_t features(const Tensor& x) { return x.size(x.dim() - 1); }
-
-Tensor gradient_of(const Tensor& x, bool wanted) {
-  return wanted ? empty_rows(x, features(x), scalar_type(x)) : nothing(scalar_type(x));
-}
-// A weight (out, in) whose rows are contiguous, or whose columns are.
-MatrixView matrix_view(const Tensor& t) {
-  if (t.stride(1) == 1 || t.size(1) <= 1) return {rows_view(t), false};
-  STD_TORCH_CHECK(t.stride(0) == 1 || t.size(0) <= 1,
-                  "fast_transformer: a weight's rows or its columns must be contiguous");
-  return {{t.const_data_ptr(), {t.stride(1)}}, true};
-}
-MatrixView matrix_view_or_none(const Tensor& t, bool wanted) {
-  return wanted ? matrix_view(t) : MatrixView{};
-}
-Tensor gradient_of_weight(const Tensor& weight, bool wanted) {
-  if (!wanted || !matrix_view(weight).transposed) return gradient_of(weight, wanted);
-  return empty({weight.size(0), weight.size(1)}, scalar_type(weight), {1, 0});
-}
-Tensor gradient_of_bias(const Tensor& weight, bool wanted) {
-  return empty({wanted ? weight.size(0) : 0}, scalar_type(weight));
-}
-void* data_or_none(const Tensor& t, bool wanted) { return wanted ? t.mutable_data_ptr() : nullptr; }
 
 std::tuple<Tensor, Tensor> linear_act_fwd(Tensor x, Tensor weight, OptionalTensor b, int64_t code,
                                           bool save_pre) {
@@ -143,8 +91,9 @@ std::tuple<Tensor, Tensor> mlp_fwd(Tensor x, Tensor w1, OptionalTensor b1, Tenso
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(
-    Tensor grad_out, Tensor x, Tensor w1, Tensor w2, Tensor pre, OptionalTensor seed, int64_t code,
-    double dropout_p, bool need_dx, bool need_dw1, bool need_db1, bool need_dw2, bool need_db2) {
+    Tensor grad_out, Tensor x, Tensor w1, OptionalTensor b1, Tensor w2, OptionalTensor pre,
+    OptionalTensor seed, int64_t code, double dropout_p, bool need_dx, bool need_dw1, bool need_db1,
+    bool need_dw2, bool need_db2) {
   constexpr auto kOp = "mlp_bwd";
   MlpGradParams p;
   p.dtype = checked_dtype(kOp, x);
@@ -156,7 +105,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(
   p.f = w1.size(0);
   p.n = w2.size(0);
   check_rows(kOp, "grad_out", grad_out, p.n, x);
-  check_rows(kOp, "pre", pre, p.f, x);
+  if (pre) check_rows(kOp, "pre", *pre, p.f, x);
+  b1 = bias(kOp, "b1", b1, p.f, x);
 
   Tensor dx = gradient_of(x, need_dx), dw1 = gradient_of_weight(w1, need_dw1);
   Tensor db1 = gradient_of_bias(w1, need_db1), dw2 = gradient_of_weight(w2, need_dw2);

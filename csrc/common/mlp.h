@@ -47,9 +47,11 @@ struct MlpGradParams {
   DType dtype = DType::kFloat32;
   Activation activation = Activation::kGelu;
   int64_t m = 0, k = 0, f = 0, n = 0;
-  RowsView grad_out, x, pre;
+  RowsView grad_out, x;
   MatrixView w1, w2;
-  RowsView dx;  // each may be absent
+  const void* b1 = nullptr;
+  RowsView pre;  // absent: made again from x
+  RowsView dx;   // each may be absent
   MatrixView dw1, dw2;
   void *db1 = nullptr, *db2 = nullptr;
   Dropout dropout;

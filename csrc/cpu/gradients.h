@@ -40,6 +40,14 @@ class WeightGradient {
       sum_ = {scratch_.take<float>(floats(one_chunk)), {dw.transposed ? n : k}};
     }
   }
+  // x as it meets several dy, where dw is not transposed.
+  template <typename Dy>
+  void add(const Parallel& parallel, const RowsView& dy, const Right<Dot<T>>& x, int64_t rows,
+           bool first, bool last) {
+    if (!dw_) return;
+    matmul(parallel, {n_, k_, rows}, rows_along_m<Dot<T>, Dy>(dy), x,
+           Accumulated<T>{dw_, sum_, first, last});
+  }
   // Dy and X are the element types of dy and x.
   template <typename Dy, typename X>
   void add(const Parallel& parallel, const RowsView& dy, const RowsView& x, int64_t rows,

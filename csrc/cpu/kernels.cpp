@@ -17,6 +17,10 @@
   X(linear_act_bwd) \
   X(mlp_fwd) \
   X(mlp_bwd) \
+  X(gated_mlp_fwd) \
+  X(gated_mlp_bwd) \
+  X(qkv_projection_fwd) \
+  X(qkv_projection_bwd) \
   X(attention_decode) \
   X(packed_bytes) \
   X(pack_weight) \

@@ -4,11 +4,13 @@
 #include "../common/attention.h"
 #include "../common/decode.h"
 #include "../common/embedding.h"
+#include "../common/gated_mlp.h"
 #include "../common/loss.h"
 #include "../common/mlp.h"
 #include "../common/norm.h"
 #include "../common/packed.h"
 #include "../common/parallel.h"
+#include "../common/qkv_projection.h"
 #include "../common/rotary.h"
 
 namespace ft {
@@ -23,6 +25,10 @@ struct Kernels {
   void (*linear_act_bwd)(const LinearGradParams&, const Parallel&);
   void (*mlp_fwd)(const MlpParams&, const Parallel&);
   void (*mlp_bwd)(const MlpGradParams&, const Parallel&);
+  void (*gated_mlp_fwd)(const GatedMlpParams&, const Parallel&);
+  void (*gated_mlp_bwd)(const GatedMlpGradParams&, const Parallel&);
+  void (*qkv_projection_fwd)(const QkvProjectionParams&, const Parallel&);
+  void (*qkv_projection_bwd)(const QkvProjectionGradParams&, const Parallel&);
   void (*attention_decode)(const DecodeParams&, const Parallel&);
   int64_t (*packed_bytes)(DType, int64_t n, int64_t k);
   void (*pack_weight)(DType, int64_t n, int64_t k, const RowsView& weight, void* to,

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "few_rows_amx.h"
+#include "few_rows.h"
 #include "scratch.h"
 
 namespace ft::FT_ISA {
@@ -24,16 +24,28 @@ template <typename D>
 struct Plan {
   static constexpr int64_t kRows = 576;  // whole tiles of either height
   static constexpr int64_t kPanelBytes = int64_t{384} << 10;
+  // Where A's columns have to be packed for every group of panels, larger groups do it less often;
+  // they want the 2 MB of L2 that processors with a matrix unit have.
+#if defined(__AMX_BF16__)
+  static constexpr int64_t kStripsPanelBytes = int64_t{592} << 10;
+#else
+  static constexpr int64_t kStripsPanelBytes = kPanelBytes;
+#endif
   static constexpr int64_t kUnitsPerThread = 4;
 
-  int64_t depth, block;  // lanes of k: all, and of a block
-  int64_t rows, panels;  // of a unit, at most
+  int64_t depth = 0, block = 0;  // lanes of k: of all products, and of a block at most
+  int64_t rows, panels;          // of a unit, at most
   int64_t strips, row_units;
 
-  Plan(const Size& size, int64_t threads) : depth(lanes<D>(size.k)), block(block_lanes<D>(depth)) {
+  Plan(const Size& size, std::span<const Product<D>> sum, int64_t threads) {
+    for (const Product<D>& product : sum) {
+      depth += lanes<D>(product.k);
+      block = std::max(block, block_lanes<D>(lanes<D>(product.k)));
+    }
     const int64_t panel_bytes = block * kTileCols * static_cast<int64_t>(sizeof(typename D::Lane));
     const int64_t columns = FT_ISA::panels(size.n);
-    panels = std::clamp<int64_t>(kPanelBytes / std::max<int64_t>(1, panel_bytes), 1, columns);
+    const int64_t bytes = sum[0].a.strips ? kStripsPanelBytes : kPanelBytes;
+    panels = std::clamp<int64_t>(bytes / std::max<int64_t>(1, panel_bytes), 1, columns);
     rows = kRows;
     const int64_t wanted = threads > 1 ? kUnitsPerThread * threads : 1;
     // Fewer columns a unit first: they cost a look at A, where fewer rows cost a look at B.
@@ -64,11 +76,10 @@ class Worker {
  public:
   // `packed`: B's panels from `first_packed` on, one after the other, or null where each belongs to
   // one unit, which then packs it.
-  Worker(const Size& size, const Left<D>& a, const Right<D>& b, const Plan<D>& plan,
-         const Lane* packed, int64_t first_packed, const Finish& finish)
+  Worker(const Size& size, std::span<const Product<D>> sum, const Plan<D>& plan, const Lane* packed,
+         int64_t first_packed, const Finish& finish)
       : size_(size),
-        a_(a),
-        b_(b),
+        sum_(sum),
         plan_(plan),
         finish_(finish),
         packed_(packed),
@@ -81,30 +92,13 @@ class Worker {
 
   // Rows [m, m + rows) times `count` panels from `panel` on.
   void run(int64_t m, int64_t rows, int64_t panel, int64_t count) {
-    int64_t l = 0;
-    do {
-      const int64_t left = plan_.depth - l, k = std::min(left, plan_.block);
-      const int64_t at = l * D::kPerLane, elements = std::min(size_.k - at, k * D::kPerLane);
-      const int64_t n = panel * kTileCols, cols = std::min(size_.n - n, count * kTileCols);
-      if (!packed_) b_.pack(b_, n, cols, at, elements, panels_);
-      const Panels b =
-          packed_ ? Panels{packed_ + ((panel - first_packed_) * plan_.depth + l) * kTileCols,
-                           plan_.depth * kTileCols}
-                  : Panels{panels_, k * kTileCols};
-      const int64_t step = a_.pack ? kPackedRows : rows;
-      for (int64_t i = 0; i < rows; i += step) {
-        const int64_t some = std::min(step, rows - i);
-        if (a_.pack) a_.pack(a_, m + i, some, at, elements, rows_);
-        for (int64_t r = 0; r < some; r += D::kTileRows) {
-          const LanesA<Lane> a = !a_.pack    ? a_.in_place(m + i + r, l)
-                                 : a_.strips ? packed_strip<D>(rows_, r, k)
-                                             : LanesA<Lane>{rows_ + r * k, k, 1};
-          strip({m, i + r, std::min<int64_t>(D::kTileRows, some - r)}, n, cols, a, b, k, l > 0,
-                left == k);
-        }
-      }
-      l += k;
-    } while (l < plan_.depth);
+    int64_t before = 0;  // lanes of the products that are done
+    for (const Product<D>& product : sum_) {
+      const bool last = before + lanes<D>(product.k) == plan_.depth;
+      add(product, before, last, {m, 0, rows}, panel, count);
+      before += lanes<D>(product.k);
+      if (last) break;  // what may follow has no elements
+    }
     finish_last();
   }
 
@@ -116,6 +110,38 @@ class Worker {
   struct Rows {
     int64_t first, at, count;  // of the unit, in the unit, and how many
   };
+
+  // C (+)= one product, a block of k at a time.
+  void add(const Product<D>& product, int64_t before, bool last, const Rows& unit, int64_t panel,
+           int64_t count) {
+    const auto& [a, b, k_elements] = product;
+    const int64_t depth = lanes<D>(k_elements), block = block_lanes<D>(depth);
+    const int64_t n = panel * kTileCols, cols = std::min(size_.n - n, count * kTileCols);
+    int64_t l = 0;
+    do {
+      const int64_t left = depth - l, k = std::min(left, block);
+      const int64_t at = l * D::kPerLane, elements = std::min(k_elements - at, k * D::kPerLane);
+      if (!packed_) b.pack(b, n, cols, at, elements, panels_);
+      const Panels panels =
+          packed_
+              ? Panels{packed_ + ((panel - first_packed_) * plan_.depth + before + l) * kTileCols,
+                       plan_.depth * kTileCols}
+              : Panels{panels_, k * kTileCols};
+      const int64_t step = a.pack ? kPackedRows : unit.count;
+      for (int64_t i = 0; i < unit.count; i += step) {
+        const int64_t some = std::min(step, unit.count - i);
+        if (a.pack) a.pack(a, unit.first + i, some, at, elements, rows_);
+        for (int64_t r = 0; r < some; r += D::kTileRows) {
+          const LanesA<Lane> strip_a = !a.pack    ? a.in_place(unit.first + i + r, l)
+                                       : a.strips ? packed_strip<D>(rows_, r, k)
+                                                  : LanesA<Lane>{rows_ + r * k, k, 1};
+          strip({unit.first, i + r, std::min<int64_t>(D::kTileRows, some - r)}, n, cols, strip_a,
+                panels, k, before + l > 0, last && left == k);
+        }
+      }
+      l += k;
+    } while (l < depth);
+  }
 
   void strip(const Rows& rows, int64_t n, int64_t cols, const LanesA<Lane>& a, Panels b, int64_t k,
              bool accumulate, bool last) {
@@ -148,14 +174,15 @@ class Worker {
   }
   template <typename From>
   void take_all(From& from) {
-    if (a_.pack) rows_ = from.template take<Lane>(packed_columns<D>(kPackedRows, plan_.block));
+    const auto packs = [](const Product<D>& product) { return product.a.pack != nullptr; };
+    if (std::any_of(sum_.begin(), sum_.end(), packs))
+      rows_ = from.template take<Lane>(packed_columns<D>(kPackedRows, plan_.block));
     if (!packed_) panels_ = from.template take<Lane>(plan_.panels * plan_.block * kTileCols);
     c_ = from.template take<float>((once_ ? 2 * D::kTileRows : plan_.rows) * ldc_);
   }
 
   const Size& size_;
-  const Left<D>& a_;
-  const Right<D>& b_;
+  const std::span<const Product<D>> sum_;
   const Plan<D>& plan_;
   const Finish& finish_;
   const Lane* const packed_;
@@ -170,164 +197,83 @@ class Worker {
   Tile done_{};
 };
 
-// Columns [first, first + n) of B, a multiple of kTileCols from 0 on.
+// Columns [first, first + n) of B, a multiple of kTileCols from 0 on; panels `stride` lanes apart.
 template <typename D>
 void pack_panels(const Parallel& parallel, const Right<D>& b, int64_t first, int64_t n, int64_t k,
-                 typename D::Lane* to) {
+                 typename D::Lane* to, int64_t stride) {
   for_units(parallel, panels(n), [&](Units& units) {
     for (int64_t i; units.next(i);) {
       const int64_t at = i * kTileCols;
-      b.pack(b, first + at, std::min<int64_t>(kTileCols, n - at), 0, k, to + i * panel_size<D>(k));
+      b.pack(b, first + at, std::min<int64_t>(kTileCols, n - at), 0, k, to + i * stride);
     }
   });
 }
 
 // Columns [first, first + n) of C; `packed` is B's first panel of them.
 template <typename D>
-void by_units(const Parallel& parallel, const Plan<D>& plan, const Size& size, const Left<D>& a,
-              const Right<D>& b, int64_t first, int64_t n, const typename D::Lane* packed,
-              const Finish& finish) {
+void by_units(const Parallel& parallel, const Plan<D>& plan, const Size& size,
+              std::span<const Product<D>> sum, int64_t first, int64_t n,
+              const typename D::Lane* packed, const Finish& finish) {
   const int64_t columns = panels(n), groups = ceil_div(columns, plan.panels);
   for_units(parallel, plan.row_units * groups, [&](Units& units) {
-    Worker<D> worker(size, a, b, plan, packed, first / kTileCols, finish);
+    Worker<D> worker(size, sum, plan, packed, first / kTileCols, finish);
     for (int64_t i; units.next(i);) {
-      const int64_t unit = i / groups, m = plan.row(unit), panel = i % groups * plan.panels;
+      // All rows meet a group of panels before the next one: it stays in the thread's L2.
+      const int64_t unit = i % plan.row_units, m = plan.row(unit);
+      const int64_t panel = i / plan.row_units * plan.panels;
       worker.run(m, std::min(plan.row(unit + 1), size.m) - m, first / kTileCols + panel,
                  std::min(plan.panels, columns - panel));
     }
   });
 }
 
+// Of panels that are packed ahead, for each thread.
+constexpr int64_t kAheadBytes = int64_t{512} << 10;
+
 template <typename D>
-void many_rows(const Parallel& parallel, const Size& size, const Left<D>& a, const Right<D>& b,
+void many_rows(const Parallel& parallel, const Size& size, std::span<const Product<D>> sum,
                const Finish& finish) {
   using Lane = typename D::Lane;
-  const Plan<D> plan(size, parallel.threads);
-  if (b.panels) return by_units(parallel, plan, size, a, b, 0, size.n, b.panels, finish);
+  const Plan<D> plan(size, sum, parallel.threads);
+  if (sum.size() == 1 && sum[0].b.panels) {
+    return by_units(parallel, plan, size, sum, 0, size.n, sum[0].b.panels, finish);
+  }
   const int64_t group = plan.panels * plan.depth * kTileCols * static_cast<int64_t>(sizeof(Lane));
   // Where each panel belongs to one unit, or a sum is very long, units pack a block of k at a time.
   if (plan.row_units == 1 || group > kPackedBytes) {
-    return by_units(parallel, plan, size, a, b, 0, size.n, nullptr, finish);
+    return by_units<D>(parallel, plan, size, sum, 0, size.n, nullptr, finish);
   }
-  // Panels that several units need are packed once, ahead; a part of a large B at a time.
+  // Panels that several units need are packed once, ahead; as many at a time as stay in L2.
+  const int64_t part = kAheadBytes * parallel.threads / std::max<int64_t>(1, group);
   const int64_t groups =
-      std::min(kPackedBytes / std::max<int64_t>(1, group), ceil_div(panels(size.n), plan.panels));
+      std::min(std::max<int64_t>(1, part), ceil_div(panels(size.n), plan.panels));
   const int64_t each = groups * plan.panels * kTileCols;
   Scratch scratch(Scratch::bytes<Lane>(each * plan.depth));
   Lane* packed = scratch.take<Lane>(each * plan.depth);
   for (int64_t n = 0; n < size.n; n += each) {
     const int64_t cols = std::min(each, size.n - n);
-    pack_panels(parallel, b, n, cols, size.k, packed);
-    by_units(parallel, plan, size, a, b, n, cols, packed, finish);
-  }
-}
-
-// Products below this take less time than waking a thread.
-constexpr int64_t kSerialProducts = int64_t{1} << 19;
-// Of C's rows that a streamed B is added to: a share of L1. And elements of k that are added up,
-// sixteen a step, before the sums of others: so no sum has many terms, and rounding errors stay
-// small.
-constexpr int64_t kStreamedBytes = int64_t{24} << 10;
-constexpr int64_t kLeastRun = 256;  // of columns
-constexpr int64_t kStreamedSum = 256;
-
-// Columns of a unit of few rows. A streamed B is read in runs that are as long as can be.
-template <typename D>
-int64_t few_columns(const Size& size, const Right<D>& b, int64_t threads) {
-  if (!b.streamed) return kTileCols;
-  const int64_t most = kStreamedBytes / (size.m * static_cast<int64_t>(sizeof(float)));
-  const int64_t units = std::max(ceil_div(size.n, most), threads > 1 ? 2 * threads : 1);
-  return round_up(std::max(ceil_div(size.n, units), std::min(size.n, kLeastRun)), kTileCols);
-}
-
-#if defined(__AMX_BF16__)
-// B is contiguous along k.
-void few_rows_in_unit(const Parallel& parallel, const Size& size, const uint32_t* x, int64_t x_ld,
-                      const Right<BFloat16Dot>& b, const Finish& finish) {
-  constexpr int64_t kTileRows = BFloat16Dot::kTileRows;
-  const int64_t k = size.k, lanes_of_x = unit_rows(size.m, k);
-  Scratch scratch(Scratch::bytes<uint32_t>(lanes_of_x));
-  uint32_t* packed = scratch.take<uint32_t>(lanes_of_x);
-  pack_rows_amx(x, x_ld, size.m, lanes<BFloat16Dot>(k), packed);
-  for_units(parallel, panels(size.n), [&](Units& units) {
-    const FewRowsUnit unit(true);
-    const int64_t count = size.m * kTileCols;
-    Scratch own(Scratch::bytes<float>(count) + Scratch::bytes<bf16>(unit_copies(k)));
-    float* c = own.take<float>(count);
-    bf16* copies = own.take<bf16>(unit_copies(k));
-    for (int64_t i; units.next(i);) {
-      const int64_t n = i * kTileCols, cols = std::min<int64_t>(kTileCols, size.n - n);
-      const bf16* columns[kTileCols];
-      for (int64_t j = 0; j < kTileCols; ++j) {
-        columns[j] = static_cast<const bf16*>(b.data) + (n + std::min(j, cols - 1)) * b.ld;
-      }
-      dot_rows_amx(packed, size.m, k, columns, cols, copies, c, kTileCols);
-      for (int64_t r = 0; r < size.m; r += kTileRows) {
-        const int64_t rows = std::min(kTileRows, size.m - r);
-        finish.call(finish.context, {r, rows, n, cols, c + r * kTileCols, kTileCols});
-      }
+    Lane* to = packed;
+    for (const Product<D>& product : sum) {
+      pack_panels(parallel, product.b, n, cols, product.k, to, plan.depth * kTileCols);
+      to += panel_size<D>(product.k);
     }
-  });
-}
-#endif
-
-template <typename D>
-void few_rows(const Parallel& parallel, const Size& size, const Left<D>& a, const Right<D>& b,
-              const Finish& finish) {
-  using Lane = typename D::Lane;
-  const int64_t depth = lanes<D>(size.k);
-  Scratch scratch(Scratch::bytes<Lane>(a.pack ? size.m * depth : 0));
-  const Lane* x = static_cast<const Lane*>(a.data);
-  int64_t x_ld = a.ld / D::kPerLane;
-  if (a.pack) {
-    Lane* packed = scratch.take<Lane>(size.m * depth);
-    a.pack(a, 0, size.m, 0, size.k, packed);
-    x = packed;
-    x_ld = depth;
+    by_units(parallel, plan, size, sum, n, cols, packed, finish);
   }
-  Parallel threads = parallel;
-  if (size.m * size.n * size.k < kSerialProducts) threads.threads = 1;
-  if constexpr (D::kInMatrixUnit) {
-    if (b.in_lanes && size.m >= kUnitFewest) {
-      return few_rows_in_unit(threads, size, x, x_ld, b, finish);
-    }
-  }
-  const int64_t each = few_columns(size, b, threads.threads);
-  const int64_t sum = b.streamed ? kStreamedSum : size.k;
-  for_units(threads, ceil_div(size.n, each), [&](Units& units) {
-    const int64_t count = size.m * each;
-    Scratch own(Scratch::bytes<float>(count) * (size.k > sum ? 2 : 1));
-    float* c = own.take<float>(count);
-    float* more = size.k > sum ? own.take<float>(count) : nullptr;
-    for (int64_t i; units.next(i);) {
-      const int64_t n = i * each, cols = std::min(each, size.n - n);
-      b.few(b, x, x_ld, size.m, n, cols, 0, std::min(sum, size.k), c, each);
-      for (int64_t at = sum; at < size.k; at += sum) {
-        b.few(b, x, x_ld, size.m, n, cols, at, std::min(sum, size.k - at), more, each);
-        for (int64_t j = 0; j < count; j += kWidth) store(c + j, load(c + j) + load(more + j));
-      }
-      for (int64_t j = 0; j < cols; j += kTileCols) {
-        for (int64_t r = 0; r < size.m; r += D::kTileRows) {
-          const int64_t rows = std::min<int64_t>(D::kTileRows, size.m - r);
-          const int64_t some = std::min<int64_t>(kTileCols, cols - j);
-          finish.call(finish.context, {r, rows, n + j, some, c + r * each + j, each});
-        }
-      }
-    }
-  });
 }
 
 }  // namespace
 
 template <typename D>
-void matmul(const Parallel& parallel, const Size& size, const Left<D>& a, const Right<D>& b,
+void matmul(const Parallel& parallel, const Size& size, std::span<const Product<D>> sum,
             const Finish& finish) {
   if (size.m <= 0 || size.n <= 0) return;
-  if (size.m <= most_few_rows(b) && !a.strips && size.k > 0) {
-    few_rows(parallel, size, a, b, finish);
-  } else {
-    many_rows(parallel, size, a, b, finish);
-  }
+  const int64_t rows = std::max(size.m, size.of);
+  const auto few = [&](const Product<D>& product) {
+    const auto& [a, b, k] = product;
+    return rows <= most_few_rows(b) && !a.strips && k > 0;
+  };
+  if (!std::all_of(sum.begin(), sum.end(), few)) return many_rows(parallel, size, sum, finish);
+  multiply_few_rows(parallel, {size.m, size.n, 0, rows}, sum, finish);
 }
 
 template <typename D>
@@ -338,17 +284,17 @@ Packed<D>::Packed(const Parallel& parallel, const Right<D>& b, int64_t n, int64_
       scratch_(Scratch::bytes<Lane>(lanes_ <= kMost ? lanes_ : 0)) {
   if (lanes_ == 0 || lanes_ > kMost) return;
   Lane* to = scratch_.template take<Lane>(lanes_);
-  pack_panels(parallel, b, 0, n, k, to);
+  pack_panels(parallel, b, 0, n, k, to, panel_size<D>(k));
   b_.panels = to;
 }
 
-template void matmul(const Parallel&, const Size&, const Left<FloatDot>&, const Right<FloatDot>&,
+template void matmul(const Parallel&, const Size&, std::span<const Product<FloatDot>>,
                      const Finish&);
 template class Packed<FloatDot>;
 #if defined(__AVX512BF16__)
+template void matmul(const Parallel&, const Size&, std::span<const Product<BFloat16Dot>>,
+                     const Finish&);
 template class Packed<BFloat16Dot>;
-template void matmul(const Parallel&, const Size&, const Left<BFloat16Dot>&,
-                     const Right<BFloat16Dot>&, const Finish&);
 #endif
 
 }  // namespace ft::FT_ISA

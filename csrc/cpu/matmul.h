@@ -8,6 +8,8 @@
 // are: blocks of kSumLanes lanes from zero, added up in order of k. (Few rows are the exception,
 // see dots.h: another order, again the same for every number of threads.)
 #pragma once
+#include <span>
+
 #include "dots.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -47,6 +49,8 @@ struct Right {
               int64_t at, int64_t k, float* c, int64_t ldc);
   bool streamed;
   bool in_lanes;  // columns in memory are lanes as they stand
+  // Where B is not streamed: the elements of column n.
+  const void* (*column)(const Right& b, int64_t n) = nullptr;
   // All of B as panels, where somebody has packed it already: see Packed.
   const Lane* panels = nullptr;
 };
@@ -87,7 +91,10 @@ Right<D> columns_along_k(const RowsView& b) {
                     b.ld, cols, k, c);
           },
           false,
-          std::is_same_v<T, bf16> && D::kPerLane == 2};
+          std::is_same_v<T, bf16> && D::kPerLane == 2,
+          [](const Right<D>& b, int64_t n) -> const void* {
+            return static_cast<const T*>(b.data) + n * b.ld;
+          }};
 }
 template <typename D, typename T>
 Right<D> columns_along_n(const RowsView& b) {
@@ -160,20 +167,36 @@ struct Finish {
   void (*call)(const void* context, const Tile& tile);
 };
 
+// A product over k elements, of which C may be a sum: C = A1 B1 + A2 B2 + …
+template <typename D>
+struct Product {
+  Left<D> a;
+  Right<D> b;
+  int64_t k;
+};
+// Rows and columns of C. `of`: the rows of the matrix that these m are a chunk of, where they are:
+// all its chunks are summed in one order then, that of many rows or that of few.
 struct Size {
   int64_t m, n, k;
+  int64_t of = 0;
 };
 template <typename D>
-void matmul(const Parallel& parallel, const Size& size, const Left<D>& a, const Right<D>& b,
-            const Finish& finish);  // matmul.cpp
+void matmul(const Parallel& parallel, const Size& size, std::span<const Product<D>> sum,
+            const Finish& finish);  // matmul.cpp; size.k is not read
 
 // `finish` is called with every tile once, from many threads.
 template <typename D, typename F>
+void matmul(const Parallel& parallel, const Size& size, std::span<const Product<D>> sum,
+            const F& finish) {
+  matmul(parallel, size, sum, Finish{&finish, [](const void* f, const Tile& tile) {
+                                       (*static_cast<const F*>(f))(tile);
+                                     }});
+}
+template <typename D, typename F>
 void matmul(const Parallel& parallel, const Size& size, const Left<D>& a, const Right<D>& b,
             const F& finish) {
-  matmul(parallel, size, a, b, Finish{&finish, [](const void* f, const Tile& tile) {
-                                        (*static_cast<const F*>(f))(tile);
-                                      }});
+  const Product<D> product{a, b, size.k};
+  matmul(parallel, size, std::span<const Product<D>>(&product, 1), finish);
 }
 
 }  // namespace ft::FT_ISA

@@ -1,32 +1,12 @@
 // y = dropout(act(x W1ᵀ + b1)) W2ᵀ + b2 and its gradients. 2 M F (K + N) FLOPs forward, twice that
-// backward, which makes the hidden activation again from the saved pre-activation.
+// backward, which makes the hidden activation again from the pre-activation: the saved one, or one
+// made again too, for 2 M F K more.
 // Rows are taken in chunks whose hidden matrix stays in cache between the two products.
 #include "gradients.h"
+#include "hidden.h"
 
 namespace ft::FT_ISA {
 namespace {
-
-// Of the hidden matrix: what a share of the last level of cache holds beside the weights.
-constexpr int64_t kForwardBytes = int64_t{8} << 20;
-constexpr int64_t kBackwardBytes = int64_t{16} << 20;
-
-// Chunks of matrices of F hidden features, as they are kept between two products.
-template <typename T>
-struct Hidden {
-  static constexpr int64_t kTileRows = Dot<T>::kTileRows;
-  int64_t ld;    // successive rows do not start in the same cache set
-  int64_t most;  // rows of a chunk
-
-  Hidden(int64_t m, int64_t f, int64_t chunk_bytes) {
-    constexpr int64_t kElement = sizeof(Kept<T>), kLine = 64 / kElement;
-    ld = round_up(f, kLine) + kLine;
-    most = chunk_bytes / (ld * kElement) / kTileRows * kTileRows;
-    most = std::max(kTileRows, std::min(round_up(m, kTileRows), most));
-  }
-  int64_t elements() const { return most * ld; }
-  size_t bytes() const { return Scratch::bytes<Kept<T>>(elements()); }
-  RowsView take(Scratch& scratch) const { return {scratch.take<Kept<T>>(elements()), {ld}}; }
-};
 
 template <typename T>
 void forward(const MlpParams& p, const Parallel& parallel) {
@@ -39,27 +19,11 @@ void forward(const MlpParams& p, const Parallel& parallel) {
   const Packed<D> w1(parallel, transpose_of<D, T>(p.w1), p.f, p.k, kept.most, chunks);
   const Packed<D> w2(parallel, transpose_of<D, T>(p.w2), p.n, p.f, kept.most, chunks);
   for_chunks<D>(p.m, kept.most, [&](int64_t begin, int64_t rows) {
-    matmul(parallel, {rows, p.f, p.k}, rows_along_k<D, T>(rows_from<T>(p.x, begin), p.k), *w1,
+    matmul(parallel, {rows, p.f, p.k, p.m}, rows_along_k<D, T>(rows_from<T>(p.x, begin), p.k), *w1,
            Activated<T, Kept<T>>{p.activation, b1, rows_from<T>(p.pre, begin), hidden, p.dropout,
                                  begin});
-    matmul(parallel, {rows, p.n, p.f}, rows_along_k<D, Kept<T>>(hidden, p.f), *w2,
+    matmul(parallel, {rows, p.n, p.f, p.m}, rows_along_k<D, Kept<T>>(hidden, p.f), *w2,
            Activated<T, T>{Activation::kIdentity, b2, {}, rows_from<T>(p.y, begin), {}, 0});
-  });
-}
-
-// The hidden matrix alone: nothing in front of it needs a gradient.
-template <typename T>
-void recompute(const Parallel& parallel, int64_t rows, int64_t f, const HiddenGradient<T>& hidden) {
-  constexpr int64_t kTileRows = Dot<T>::kTileRows;
-  const int64_t columns = panels(f);
-  for_units(parallel, ceil_div(rows, kTileRows), [&](Units& units) {
-    for (int64_t i; units.next(i);) {
-      const int64_t r = i * kTileRows;
-      for (int64_t n = 0; n < columns * kTileCols; n += kTileCols) {
-        hidden(
-            {r, std::min(kTileRows, rows - r), n, std::min<int64_t>(kTileCols, f - n), nullptr, 0});
-      }
-    }
   });
 }
 
@@ -67,21 +31,30 @@ template <typename T>
 void backward(const MlpGradParams& p, const Parallel& parallel) {
   using D = Dot<T>;
   const bool deeper = p.dx || p.dw1 || p.db1;
+  const bool remakes = !p.pre && (deeper || p.dw2);
   const Hidden<T> kept(p.m, p.f, kBackwardBytes);
-  Scratch scratch((deeper ? kept.bytes() : 0) + (p.dw2 ? kept.bytes() : 0));
+  const Remade<T> remade(kept, remakes);
+  Scratch scratch((deeper ? kept.bytes() : 0) + (p.dw2 ? kept.bytes() : 0) + remade.bytes());
   const RowsView dpre = deeper ? kept.take(scratch) : RowsView{};
   const RowsView hidden = p.dw2 ? kept.take(scratch) : RowsView{};
+  const RowsView made = remade.take(scratch);
+  const Packed<D> w1(parallel, transpose_of<D, T>(p.w1), p.f, p.k, kept.most,
+                     remakes ? ceil_div(p.m, kept.most) : 0);
   WeightGradient<T> dw1(p.dw1, p.f, p.k, p.m <= kept.most), dw2(p.dw2, p.n, p.f, p.m <= kept.most);
   BiasGradient<T> db1(p.db1, p.f), db2(p.db2, p.n);
   for_chunks<D>(p.m, kept.most, [&](int64_t begin, int64_t rows) {
     const bool first = begin == 0, last = begin + rows == p.m;
     const RowsView dy = rows_from<T>(p.grad_out, begin), x = rows_from<T>(p.x, begin);
-    const HiddenGradient<T> gradient{
-        p.activation, rows_from<T>(p.pre, begin), dpre, hidden, p.dropout, begin};
+    const RowsView pre = remakes ? made : rows_from<T>(p.pre, begin);
+    if (remakes) {
+      matmul(parallel, {rows, p.f, p.k, p.m}, rows_along_k<D, T>(x, p.k), *w1,
+             Activated<T, T>{Activation::kIdentity, static_cast<const T*>(p.b1), {}, pre, {}, 0});
+    }
+    const HiddenGradient<T> gradient{p.activation, pre, dpre, hidden, p.dropout, begin};
     if (deeper) {
       matmul(parallel, {rows, p.f, p.n}, rows_along_k<D, T>(dy, p.n), itself<D, T>(p.w2), gradient);
     } else if (hidden) {
-      recompute(parallel, rows, p.f, gradient);
+      for_tiles<T>(parallel, rows, p.f, gradient);
     }
     dw2.template add<T, Kept<T>>(parallel, dy, hidden, rows, first, last);
     db2.template add<T>(parallel, dy, rows, first, last);

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fast_transformer.integrations import masks
 from fast_transformer.integrations.calls import activation_of, asked, stock_call
 from fast_transformer.integrations.embeddings import Embeddings
+from fast_transformer.nn.packed_weights import packed_weight
 from fast_transformer.nn.padding import Packing, readable
 from fast_transformer.nn.plain import (
     any_hooked,
@@ -26,7 +27,7 @@ from fast_transformer.nn.plain import (
     plain,
     residual_norm,
 )
-from fast_transformer.ops import attention, attention_varlen, linear_act
+from fast_transformer.ops import attention, attention_varlen, linear_act, qkv_projection
 
 PREFIXES = {  # transformers.models.<family>.modeling_<family> -> how its classes' names begin
     "bert": "Bert",
@@ -104,8 +105,7 @@ class Layer(nn.Module):
 
 def _attend(module: Any, x: Tensor, mask: Tensor | Packing | None) -> Tensor:
     """Self-attention up to the heads' outputs side by side, of x's shape."""
-    heads = (*x.shape[:-1], module.num_attention_heads, module.attention_head_size)
-    query, key, value = (linear(f, x).view(heads) for f in (module.query, module.key, module.value))
+    query, key, value = _projected(module, x)
     dropout_p = module.dropout.p if module.training else 0.0
     if isinstance(mask, Packing):
         out = attention_varlen(
@@ -114,11 +114,21 @@ def _attend(module: Any, x: Tensor, mask: Tensor | Packing | None) -> Tensor:
         )  # fmt: skip
     else:
         out = attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+            query, key, value,
             bias=None if mask is None else masks.as_bias(mask, query),
             scale=module.scaling, dropout_p=dropout_p,
         ).transpose(1, 2)  # fmt: skip
     return out.flatten(-2)
+
+
+def _projected(module: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """(batch, length, C) → (batch, heads, length, head_dim) thrice; (tokens, C) → (tokens, …)."""
+    heads, layers = module.num_attention_heads, (module.query, module.key, module.value)
+    if all(is_linear(layer) and packed_weight(layer, x) is None for layer in layers):
+        weights, biases = zip(*((layer.weight, layer.bias) for layer in layers), strict=True)
+        return qkv_projection(x, weights, biases, heads=heads)
+    parts = (linear(f, x).view(*x.shape[:-1], heads, module.attention_head_size) for f in layers)
+    return tuple(part.transpose(1, 2) if x.dim() == 3 else part for part in parts)
 
 
 def _mlp(inner: Any, outer: Any, x: Tensor) -> Tensor:

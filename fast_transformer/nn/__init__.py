@@ -7,6 +7,7 @@ meant for TorchScript, which torch has deprecated.
 from fast_transformer.nn.attention import MultiheadAttention
 from fast_transformer.nn.encoder import TransformerEncoder
 from fast_transformer.nn.encoder_layer import TransformerEncoderLayer
+from fast_transformer.nn.gated_mlp import GatedMLP
 from fast_transformer.nn.loss import CrossEntropyLoss, LinearCrossEntropy
 from fast_transformer.nn.mlp import MLP
 from fast_transformer.nn.norm import LayerNorm, RMSNorm
@@ -15,6 +16,7 @@ from fast_transformer.nn.rotary import RotaryEmbedding
 __all__ = [
     "MLP",
     "CrossEntropyLoss",
+    "GatedMLP",
     "LayerNorm",
     "LinearCrossEntropy",
     "MultiheadAttention",

@@ -96,9 +96,9 @@ def self_attention_packed(
     module: nn.MultiheadAttention, x: Tensor, packing: Packing, causal: bool
 ) -> Tensor:
     """Self-attention within packed sequences, (tokens, embed_dim) → (tokens, embed_dim)."""
-    heads = (x.shape[0], module.num_heads, module.head_dim)
-    qkv = ops.linear_act(x, module.in_proj_weight, module.in_proj_bias)
-    query, key, value = (part.view(heads) for part in qkv.chunk(3, -1))
+    query, key, value = ops.qkv_projection(
+        x, module.in_proj_weight, module.in_proj_bias, heads=module.num_heads
+    )
     out: Tensor = ops.attention_varlen(
         query, key, value, packing.cu_seqlens, packing.cu_seqlens,
         packing.max_seqlen, packing.max_seqlen, causal=causal,
@@ -149,8 +149,10 @@ def _projected(
     if module._qkv_same_embed_dim:
         weight, E = module.in_proj_weight, module.embed_dim
         if same:
-            q, k, v = ops.linear_act(query, weight, bias).chunk(3, -1)
-        elif same_kv:
+            return _extended(
+                module, *ops.qkv_projection(query, weight, bias, heads=module.num_heads)
+            )
+        if same_kv:
             w_q, w_kv = weight[:E], weight[E:]
             b_q, b_kv = (None, None) if bias is None else (bias[:E], bias[E:])
             q = ops.linear_act(query, w_q, b_q)
@@ -160,14 +162,22 @@ def _projected(
     else:
         weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
         q, k, v = _each(query, key, value, weights, bias)
-    B, zeros = query.shape[0], module.add_zero_attn
-    if module.bias_k is not None and module.bias_v is not None:
-        k = torch.cat([k, module.bias_k.to(k.dtype).expand(B, 1, -1)], 1)
-        v = torch.cat([v, module.bias_v.to(v.dtype).expand(B, 1, -1)], 1)
-    if zeros:
-        k, v = (torch.cat([x, x.new_zeros(B, 1, x.shape[-1])], 1) for x in (k, v))
     heads = (module.num_heads, module.head_dim)
     q, k, v = (x.view(*x.shape[:2], *heads).transpose(1, 2) for x in (q, k, v))
+    return _extended(module, q, k, v)
+
+
+def _extended(
+    module: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(batch, heads, length, head_dim) thrice, with the keys that the module adds behind."""
+    one = (k.shape[0], module.num_heads, 1, module.head_dim)
+    if module.bias_k is not None and module.bias_v is not None:
+        by_heads = (1, module.num_heads, 1, module.head_dim)
+        k = torch.cat([k, module.bias_k.to(k.dtype).view(by_heads).expand(one)], 2)
+        v = torch.cat([v, module.bias_v.to(v.dtype).view(by_heads).expand(one)], 2)
+    if module.add_zero_attn:
+        k, v = (torch.cat([x, x.new_zeros(one)], 2) for x in (k, v))
     return q, k, v
 
 

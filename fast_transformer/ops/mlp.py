@@ -6,8 +6,15 @@ from torch import Tensor
 from fast_transformer import reference
 from fast_transformer.backends import Backend, choose
 from fast_transformer.ops import arguments, cpu
-
-CODES = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}  # as csrc/common/mlp.h
+from fast_transformer.ops.linear_arguments import (
+    activation_code,
+    autocast,
+    check_layer,
+    check_x,
+    needs_grad,
+    output,
+    wanted,
+)
 
 
 def linear_act(
@@ -27,16 +34,16 @@ def linear_act(
     Raises:
         TypeError, ValueError: an argument is not as above. RuntimeError: see `backend`, `strict`.
     """
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     op = "linear_act"
-    _check_x(op, x)
-    _check_layer(op, x, "x", x.shape[-1], "weight", weight, "bias", bias)
-    code = _code(op, activation)
+    check_x(op, x)
+    check_layer(op, x, "x", x.shape[-1], "weight", weight, "bias", bias)
+    code = activation_code(op, activation)
     backend = choose(op, LINEAR_BACKENDS, (x, weight, bias))
     if backend == "reference":
         return reference.linear_act(x, weight, bias, activation=activation)
     x, weight = cpu.uniform_rows(x), cpu.unit_stride_either_way(weight)
-    if torch.is_grad_enabled() and _needs_grad(x, weight, bias):
+    if torch.is_grad_enabled() and needs_grad(x, weight, bias):
         return cpu.apply(_LinearAct, backend, x, weight, bias, code)
     return LINEAR_BACKENDS[backend].forward(x, weight, bias, code, False)[0]
 
@@ -51,6 +58,7 @@ def mlp(
     activation: str | None = "gelu",
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """dropout(activation(x w1ᵀ + b1)) w2ᵀ + b2, Vaswani et al. 2017, eq. 2.
 
@@ -63,6 +71,8 @@ def mlp(
         activation: None, "gelu" (by the error function), "gelu_tanh", "relu" or "silu".
         dropout_p: probability in [0, 1] of dropping a hidden element.
         seed: 0-d int64 tensor from which dropout draws; by default a fresh one each call.
+        recompute: keep nothing of the hidden layer for backward, which makes it again and gives the
+            same bits. The reference does not heed it.
 
     Returns:
         (..., N) in x's dtype, contiguous.
@@ -70,12 +80,12 @@ def mlp(
     Raises:
         TypeError, ValueError: an argument is not as above. RuntimeError: see `backend`, `strict`.
     """
-    x, w1, b1, w2, b2 = _autocast(x, w1, b1, w2, b2)
+    x, w1, b1, w2, b2 = autocast(x, w1, b1, w2, b2)
     op = "mlp"
-    _check_x(op, x)
-    _check_layer(op, x, "x", x.shape[-1], "w1", w1, "b1", b1)
-    _check_layer(op, x, "w1", w1.shape[0], "w2", w2, "b2", b2)
-    code = _code(op, activation)
+    check_x(op, x)
+    check_layer(op, x, "x", x.shape[-1], "w1", w1, "b1", b1)
+    check_layer(op, x, "w1", w1.shape[0], "w2", w2, "b2", b2)
+    code = activation_code(op, activation)
     seed = arguments.dropout(op, dropout_p, seed, x.device)
     backend = choose(op, MLP_BACKENDS, (x, w1, b1, w2, b2, seed))
     if backend == "reference":
@@ -85,54 +95,9 @@ def mlp(
     x = cpu.uniform_rows(x)
     w1, w2 = cpu.unit_stride_either_way(w1), cpu.unit_stride_either_way(w2)
     inputs = (x, w1, b1, w2, b2, seed, code, dropout_p)
-    if torch.is_grad_enabled() and (_needs_grad(x, w1, b1) or _needs_grad(x, w2, b2)):
-        return cpu.apply(_Mlp, backend, *inputs)
+    if torch.is_grad_enabled() and needs_grad(x, w1, b1, w2, b2):
+        return cpu.apply(_Mlp, backend, *inputs, recompute)
     return MLP_BACKENDS[backend].forward(*inputs, False)[0]
-
-
-def _autocast(x, *parameters):
-    dtype = arguments.autocast_dtype(x)
-    if dtype is None:
-        return x, *parameters
-    return arguments.lower(x, dtype), *(arguments.lower(p, dtype) for p in parameters)
-
-
-def _check_x(op, x):
-    arguments.floating(op, "x", x)
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x has no dimension; its last one holds the input features.")
-
-
-def _check_layer(op, x, source, features, weight_name, weight, bias_name, bias):
-    """One linear layer: weight (N, features) and bias (N,); `source` is what it reads."""
-    arguments.like(op, weight_name, weight, "x", x)
-    if weight.dim() != 2 or weight.shape[1] != features:
-        gives = f"x has {features} features" if source == "x" else f"w1 gives {features}"
-        raise ValueError(
-            f"{op}: {weight_name} has shape {tuple(weight.shape)}; {gives}, so it must be "
-            f"(out, {features})."
-        )
-    if bias is not None:
-        arguments.like(op, bias_name, bias, "x", x)
-        if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"{op}: {bias_name} has shape {tuple(bias.shape)}; {weight_name} gives "
-                f"{weight.shape[0]} features, so it must be ({weight.shape[0]},)."
-            )
-
-
-def _code(op, activation):
-    named = activation is None or isinstance(activation, str)
-    if not named or activation not in CODES:
-        raise ValueError(
-            f"{op}: activation is {activation!r}; accepted are None, 'gelu', 'gelu_tanh', 'relu' "
-            "and 'silu'."
-        )
-    return CODES[activation]
-
-
-def _needs_grad(x, weight, bias):
-    return x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
 # forward(x, weight, bias, activation, save_pre) → y, pre;
@@ -143,7 +108,7 @@ LINEAR_BACKENDS = {
 }
 
 # forward(x, w1, b1, w2, b2, seed, activation, dropout_p, save_pre) → y, pre;
-# backward(grad_out, x, w1, w2, pre, seed, activation, dropout_p, need_dx, need_dw1, need_db1,
+# backward(grad_out, x, w1, b1, w2, pre, seed, activation, dropout_p, need_dx, need_dw1, need_db1,
 # need_dw2, need_db2) → dx, dw1, db1, dw2, db2
 MLP_BACKENDS = {
     "cpu": Backend(cpu.operator("mlp_fwd"), cpu.operator("mlp_bwd"), cpu.unsupported),
@@ -171,10 +136,13 @@ class _LinearAct(torch.autograd.Function):
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, x, w1, b1, w2, b2, seed, activation, dropout_p):
-        y, pre = MLP_BACKENDS[backend].forward(x, w1, b1, w2, b2, seed, activation, dropout_p, True)
+    def forward(ctx, backend, x, w1, b1, w2, b2, seed, activation, dropout_p, recompute):
+        y, pre = MLP_BACKENDS[backend].forward(
+            x, w1, b1, w2, b2, seed, activation, dropout_p, not recompute
+        )
         ctx.backend, ctx.options = backend, (activation, dropout_p)
-        ctx.save_for_backward(x, w1, w2, pre, seed)
+        kept = (b1, w2, None) if recompute else (None, w2, pre)  # b1 is of use without pre alone
+        ctx.save_for_backward(x, w1, *kept, seed)
         return y
 
     @staticmethod
@@ -185,45 +153,30 @@ class _Mlp(torch.autograd.Function):
         grad_out = cpu.uniform_rows(grad_out)
         grads = backward(grad_out, *ctx.saved_tensors, *ctx.options, *needed)
         grads = (g if n else None for g, n in zip(grads, needed, strict=True))
-        return None, *grads, None, None, None
-
-
-def _output(x, weight):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _wanted(*pairs):
-    """Something like each tensor whose flag is set, and something empty for the others."""
-    return tuple(_as_it_lies(x) if flag else x.new_empty(0) for x, flag in pairs)
-
-
-def _as_it_lies(x):
-    if x.dim() == 2 and x.stride(1) != 1 and x.shape[1] > 1:  # a weight that lies transposed
-        return x.new_empty(x.shape[::-1]).t()
-    return x.new_empty(x.shape)
+        return None, *grads, None, None, None, None
 
 
 @cpu.fake("linear_act_fwd")
 def _linear_act_fwd_fake(x, weight, bias, activation, save_pre):
-    pre = _output(x, weight) if save_pre and activation else x.new_empty(0)
-    return _output(x, weight), pre
+    pre = output(x, weight) if save_pre and activation else x.new_empty(0)
+    return output(x, weight), pre
 
 
 @cpu.fake("linear_act_bwd")
 def _linear_act_bwd_fake(grad_out, x, weight, pre, activation, need_dx, need_dw, need_db):
-    return _wanted((x, need_dx), (weight, need_dw), (weight[:, 0], need_db))
+    return wanted((x, need_dx), (weight, need_dw), (weight[:, 0], need_db))
 
 
 @cpu.fake("mlp_fwd")
 def _mlp_fwd_fake(x, w1, b1, w2, b2, seed, activation, dropout_p, save_pre):
-    return _output(x, w2), _output(x, w1) if save_pre else x.new_empty(0)
+    return output(x, w2), output(x, w1) if save_pre else x.new_empty(0)
 
 
 @cpu.fake("mlp_bwd")
 def _mlp_bwd_fake(
-    grad_out, x, w1, w2, pre, seed, activation, dropout_p,
+    grad_out, x, w1, b1, w2, pre, seed, activation, dropout_p,
     need_dx, need_dw1, need_db1, need_dw2, need_db2,
 ):  # fmt: skip
-    return _wanted(
+    return wanted(
         (x, need_dx), (w1, need_dw1), (w1[:, 0], need_db1), (w2, need_dw2), (w2[:, 0], need_db2)
     )

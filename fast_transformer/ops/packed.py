@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from fast_transformer.backends import Backend, choose
 from fast_transformer.ops import cpu
-from fast_transformer.ops.mlp import CODES
+from fast_transformer.ops.linear_arguments import CODES
 
 
 class PackedWeight(NamedTuple):
