@@ -34,7 +34,12 @@ class GatedMlpCase:
         M, C, F, N = self.shape
         random = generator(self.name)
         made: dict[str, Any] = {"activation": self.activation, "recompute": self.recompute}
-        shapes = {"x": (M, C), "w_gate": (F, C), "w_up": (F, C), "w_down": (N, F)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "x": (M, C),
+            "w_gate": (F, C),
+            "w_up": (F, C),
+            "w_down": (N, F),
+        }
         if self.biased:
             shapes |= {"b_gate": (F,), "b_up": (F,), "b_down": (N,)}
         for name, shape in shapes.items():

@@ -5,8 +5,9 @@ from typing import Literal
 from torch import nn
 
 from fast_transformer.integrations import registry
+from fast_transformer.nn import MultiheadAttention
 from fast_transformer.nn.packed_weights import PackedParameter, packed_parameters
-from fast_transformer.nn.plain import is_linear
+from fast_transformer.nn.plain import is_linear, plain
 
 Inference = bool | Literal["int8"]
 
@@ -28,10 +29,20 @@ def prepare(model: nn.Module, inference: Inference) -> None:
         if not registry.ours(ours):
             continue
         for layer in ours.modules():
-            if is_linear(layer) and "_packed_parameter" not in layer.__dict__:
-                kept = PackedParameter("weight", inference == "int8")
+            name = _parameter(layer)
+            if name is not None and "_packed_parameter" not in layer.__dict__:
+                kept = PackedParameter(name, inference == "int8")
                 layer.__dict__["_packed_parameter"] = kept
                 kept.renew(layer)
+
+
+def _parameter(module: nn.Module) -> str | None:
+    """Return the name of the weight that fused steps read from `module`, if they read one."""
+    if is_linear(module):
+        return "weight"
+    if plain(module, nn.MultiheadAttention, MultiheadAttention):
+        return "in_proj_weight" if module.in_proj_weight is not None else None
+    return None
 
 
 def forget(model: nn.Module) -> None:

@@ -5,8 +5,10 @@ from torch import Tensor, nn
 
 from fast_transformer import ops
 from fast_transformer.nn.masks import Masks, from_torch
+from fast_transformer.nn.packed_weights import packed_weight
 from fast_transformer.nn.padding import Packing
 from fast_transformer.nn.plain import linear
+from fast_transformer.ops.packed import packed_linear
 from fast_transformer.reference.philox import keep_mask, keep_scale
 
 _NAME = "MultiheadAttention"
@@ -96,15 +98,26 @@ def self_attention_packed(
     module: nn.MultiheadAttention, x: Tensor, packing: Packing, causal: bool
 ) -> Tensor:
     """Self-attention within packed sequences, (tokens, embed_dim) → (tokens, embed_dim)."""
-    query, key, value = ops.qkv_projection(
-        x, module.in_proj_weight, module.in_proj_bias, heads=module.num_heads
-    )
+    query, key, value = _self_projected(module, x)
     out: Tensor = ops.attention_varlen(
         query, key, value, packing.cu_seqlens, packing.cu_seqlens,
         packing.max_seqlen, packing.max_seqlen, causal=causal,
         causal_offset=0 if causal else None, dropout_p=_dropout(module),
     )  # fmt: skip
     return linear(module.out_proj, out.reshape(x.shape))
+
+
+def _self_projected(module: nn.MultiheadAttention, x: Tensor) -> tuple[Tensor, ...]:
+    """(batch, length, C) → (batch, heads, length, D) thrice; (tokens, C) → (tokens, heads, D)."""
+    weight = packed_weight(module, x)
+    if weight is None:
+        made: tuple[Tensor, ...] = ops.qkv_projection(
+            x, module.in_proj_weight, module.in_proj_bias, heads=module.num_heads
+        )
+        return made
+    joined = packed_linear(x, weight, module.in_proj_bias)
+    parts = joined.view(*x.shape[:-1], 3, module.num_heads, module.head_dim).unbind(-3)
+    return parts if x.dim() == 2 else tuple(part.transpose(1, 2) for part in parts)
 
 
 def _dropout(module: nn.MultiheadAttention) -> float:
@@ -149,9 +162,7 @@ def _projected(
     if module._qkv_same_embed_dim:
         weight, E = module.in_proj_weight, module.embed_dim
         if same:
-            return _extended(
-                module, *ops.qkv_projection(query, weight, bias, heads=module.num_heads)
-            )
+            return _extended(module, *_self_projected(module, query))
         if same_kv:
             w_q, w_kv = weight[:E], weight[E:]
             b_q, b_kv = (None, None) if bias is None else (bias[:E], bias[E:])

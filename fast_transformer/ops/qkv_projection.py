@@ -49,7 +49,7 @@ def qkv_projection(
     if backend == "reference":
         if packed:
             three_weights, three_biases = _parts(three_weights[0], three_biases[0], heads, kv_heads)
-        return reference.qkv_projection(  # type: ignore[no-any-return]
+        return reference.qkv_projection(
             x, three_weights, three_biases, heads=heads, kv_heads=kv_heads
         )
     swaps = x.dim() == 3 and not _uniform(x) and _uniform(x.transpose(0, 1))
@@ -62,7 +62,7 @@ def qkv_projection(
         made = BACKENDS[backend].forward(*inputs)
     if swaps:
         made = tuple(part.transpose(0, 2) for part in made)
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def _uniform(x):
