@@ -38,8 +38,8 @@ def test_kernel_calls(cpu, impl, mode, mask):
         _, ops, backends = counted(fast, ids(), MASKS[mask]())
     attention = "attention" if mask in ("none", "full") else "attention_varlen"
     assert ops == {
-        attention: LAYERS, "linear_act": 4 * LAYERS, "mlp": LAYERS, "add_norm": 2 * LAYERS,
-        "embedding_norm": 1,
+        "qkv_projection": LAYERS, attention: LAYERS, "linear_act": LAYERS, "mlp": LAYERS,
+        "add_norm": 2 * LAYERS, "embedding_norm": 1,
     }  # fmt: skip
     assert backends == {"cpu"}
 

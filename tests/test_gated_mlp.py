@@ -22,9 +22,9 @@ CASES = [case for case in testing.cases("mlp", "test") if case.op == "gated_mlp"
 def arguments(M, C, F, N, dtype=torch.float32, biased=True):
     made = {
         "x": torch.randn(M, C),
-        "w_gate": torch.randn(F, C) * C**-0.5,
-        "w_up": torch.randn(F, C) * C**-0.5,
-        "w_down": torch.randn(N, F) * F**-0.5,
+        "w_gate": torch.randn(F, C) * max(C, 1) ** -0.5,
+        "w_up": torch.randn(F, C) * max(C, 1) ** -0.5,
+        "w_down": torch.randn(N, F) * max(F, 1) ** -0.5,
     }
     if biased:
         made |= {"b_gate": torch.randn(F), "b_up": torch.randn(F), "b_down": torch.randn(N)}

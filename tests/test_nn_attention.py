@@ -240,7 +240,7 @@ def test_kernels_run(cpu, autograd, mask):
     with modes.get(autograd, contextlib.nullcontext)(), record() as calls:
         ours(x, x, x, **masks(mask, 2, 3, 5, 5))
     assert [(c.op, c.backend) for c in calls] == [
-        ("linear_act", "cpu"), ("attention", "cpu"), ("linear_act", "cpu")
+        ("qkv_projection", "cpu"), ("attention", "cpu"), ("linear_act", "cpu")
     ]  # fmt: skip
 
 

@@ -28,8 +28,8 @@ MODES = {
     "train": contextlib.nullcontext, "eval": contextlib.nullcontext,
     "no_grad": torch.no_grad, "inference_mode": torch.inference_mode,
 }  # fmt: skip
-POST = ["linear_act", "attention", "linear_act", "add_norm", "mlp", "add_norm"]
-PRE = ["layer_norm", "linear_act", "attention", "linear_act", "add_norm", "mlp"]
+POST = ["qkv_projection", "attention", "linear_act", "add_norm", "mlp", "add_norm"]
+PRE = ["layer_norm", "qkv_projection", "attention", "linear_act", "add_norm", "mlp"]
 
 
 MASKS = "none right right-float holes causal causal-float bool float-3d causal+right bool+holes"

@@ -115,6 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mlp_bwd(
   p.x = rows_view(x);
   p.w1 = matrix_view(w1);
   p.w2 = matrix_view(w2);
+  p.b1 = data(b1);
   p.pre = rows_view(pre);
   p.dx = rows_view_or_none(dx, need_dx);
   p.dw1 = matrix_view_or_none(dw1, need_dw1);
