@@ -1,7 +1,7 @@
 """Writes tables into README.md: `python benchmarks/readme.py FILE…`.
 
-A file is what the demo wrote, figures.json, or a run of suites, of which attention and decode have
-a table each; it tells which itself.
+A file is what the demo wrote, figures.json, a run of the suite attention or decode, which has a
+table of its own, or a run of all suites; it tells which itself.
 What stands between the markers is never edited by hand.
 """
 
@@ -39,6 +39,19 @@ DECODE_ROWS = {
 TABLES = {  # the markers' name -> what is counted, and the rows
     "bench-attention": ("attention", ATTENTION_ROWS),
     "bench-decode": ("decoding on a cache", DECODE_ROWS),
+}
+
+
+OP_SUITES = {  # of a run of all: what a reader calls a suite's steps
+    "attention": "attention",
+    "relative": "relative attention",
+    "decode": "decoding on a cache",
+    "norm": "norms",
+    "mlp": "linear layers and MLPs",
+    "loss": "losses",
+    "rotary": "rotary embeddings",
+    "embedding": "embeddings",
+    "optimizer": "AdamW",
 }
 
 
@@ -103,6 +116,51 @@ def suite(run: dict, what: str, rows: dict) -> str:
     return "\n".join(lines)
 
 
+def ops(run: dict) -> str:
+    """The means of every op of a run of all suites: a row a kind and pass."""
+    lines = ["| times faster than PyTorch's best way | fp32 | bf16 |", "|---|---:|---:|"]
+    points = behind = 0
+    for name, words in OP_SUITES.items():
+        results = [r for r in run["results"] if r["suite"] == name]
+        points += sum(not r["wrong"] for r in results)
+        behind += sum(r["behind"] for r in results if not r["wrong"])
+        lines.append(f"| **{words}** | | |")
+        for (kind, step), by in means(results).items():
+            cells = " | ".join(mean(by.get(dtype)) for dtype in ("fp32", "bf16"))
+            lines.append(f"| {kind}{', ' if step else ''}{step} | {cells} |")
+    c = run["conditions"]
+    lines += [
+        "",
+        f"Geometric means, in parentheses the worst point, of {points} points; PyTorch is ahead at "
+        f"{behind}. Medians of {c['rounds']} interleaved rounds, {setting(c)}, torch {c['torch']}, "
+        f"{c['date'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
+def models(run: dict) -> str:
+    """Whole models of a run: a row a race."""
+    lines = ["| model | dtype | ours | best peer | |", "|---|---|---:|---:|---:|"]
+    missing: dict[str, str] = {}
+    for r in run["results"]:
+        if r["suite"] != "models":
+            continue
+        missing |= r["unavailable"]
+        name = f"{r['case']} {r['step']}".strip()
+        if r["wrong"]:
+            lines.append(f"| {name} | {r['dtype']} | wrong: {r['wrong']} | | |")
+            continue
+        ours = r["timings"]["ours"]["median_seconds"] * 1e3
+        best, ratio = r["best_peer"], r["ratio"]
+        peer = f"{best}, {r['timings'][best]['median_seconds'] * 1e3:.1f} ms" if best else "none"
+        speed = f"**{ratio:.2f}×**" if best else ""
+        lines.append(f"| {name} | {r['dtype']} | {ours:.1f} ms | {peer} | {speed} |")
+    if missing:
+        absent = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+        lines += ["", f"Without {absent}."]
+    return "\n".join(lines)
+
+
 def mean(found: Mean | None) -> str:
     """One cell."""
     return "" if found is None else f"**{found.mean:.2f}×** ({found.worst:.2f}×)"
@@ -134,6 +192,10 @@ def main() -> None:
         figures = json.loads(Path(name).read_text())
         if "agreement" in figures:
             write("demo", demo(figures))
+            continue
+        if len({r["suite"] for r in figures.get("results", ())}) > 1:
+            write("bench-ops", ops(figures))
+            write("bench-models", models(figures))
             continue
         found = {name: rows for name, (_, rows) in TABLES.items() if of_rows(figures, rows)}
         if not found:

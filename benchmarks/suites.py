@@ -34,6 +34,7 @@ OPS = {
         bench_embedding,
     )
 }
+FEW = 3
 SUITES = (roofline.SUITE, *OPS, bench_optimizer.SUITE, bench_calls.SUITE, bench_models.SUITE)
 
 
@@ -42,8 +43,9 @@ class Options:
     """Which part of the suites runs, and how often.
 
     only: cases whose name contains this. full: those that take minutes too. quick: one of each
-    kind alone. rounds: interleaved measurements of each contender. compiled: torch.compile of the
-    plain code is a peer, and what cannot run without it.
+    kind alone. few: `FEW` of each kind at most, evenly spread over its sizes. rounds: interleaved
+    measurements of each contender. compiled: torch.compile of the plain code is a peer, and what
+    cannot run without it.
     """
 
     only: str = ""
@@ -53,6 +55,7 @@ class Options:
     compiled: bool = False
     quick: bool = False
     full: bool = False
+    few: bool = False
 
 
 def results(suite: str, o: Options) -> Iterator[Result]:
@@ -84,12 +87,18 @@ def cases(suite: str, o: Options) -> list[testing.Case]:
     """The cases of an op's suite that are wanted."""
     known = [*OPS[suite].CASES, *(getattr(OPS[suite], "LONG", []) if o.full else [])]
     found = [case for case in known if o.only in case.name]
-    if not o.quick:
+    if not o.quick and not o.few:
         return found
     kinds: dict[str, list[testing.Case]] = {}
     for case in found:
         kinds.setdefault(case.kind, []).append(case)
-    return [each[(len(each) - 1) // 2] for each in kinds.values()]
+    return [case for each in kinds.values() for case in spread(each, 1 if o.quick else FEW)]
+
+
+def spread(cases: list[testing.Case], most: int) -> list[testing.Case]:
+    """Return `most` of the cases at most: the middle of that many equal parts of the list."""
+    count = min(most, len(cases))
+    return [cases[((2 * i + 1) * len(cases) - 1) // (2 * count)] for i in range(count)]
 
 
 def timed(

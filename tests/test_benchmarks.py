@@ -246,6 +246,10 @@ def test_every_kind_is_in_the_grid():
     assert lengths >= {1, 77, 4096, 8192, 16384}
     quick = suites.cases("attention", suites.Options(quick=True))
     assert sorted(case.kind for case in quick) == sorted(kinds)
+    few = suites.cases("attention", suites.Options(few=True))
+    assert {case.kind for case in few} == kinds and len(few) == len(set(few))
+    assert all(sum(case.kind == kind for case in few) <= suites.FEW for kind in kinds)
+    assert [case.name for case in suites.spread(few, len(few))] == [case.name for case in few]
     assert not {c.name for c in bench_attention.LONG} & {c.name for c in bench_attention.CASES}
 
 

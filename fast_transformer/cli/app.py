@@ -66,7 +66,7 @@ def measure(
         str,
         typer.Option(
             help="roofline, attention, relative, decode, norm, mlp, loss, rotary, embedding, "
-            "optimizer, calls, models or all."
+            "optimizer, calls, models, or all: a few cases of each kind, every one with --full."
         ),
     ] = "all",
     only: Annotated[str, typer.Option(help="Cases whose name contains this.")] = "",
