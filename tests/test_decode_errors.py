@@ -35,6 +35,7 @@ def paged(table, lengths=(5, 2), **options):
     )
 
 
+CACHE = t(2, 2, 7, 8)  # for keys and, by mistake, for values
 MESSAGES = [
     (decode([1.0]), TypeError, "query must be a tensor, got list."),
     (
@@ -135,6 +136,11 @@ MESSAGES = [
         grow(new_value=t(2, 2, 1, 8)),
         ValueError,
         "new_value has shape (2, 2, 1, 8); it must be (2, 2, n, 6) with n ≥ 1.",
+    ),
+    (
+        grow(k=CACHE, v=CACHE, new_value=t(2, 2, 1, 8)),
+        ValueError,
+        "value_cache is key_cache; caches that are written must differ.",
     ),
     (grow(0), ValueError, "new_key has shape (2, 2, 0, 8); it must be (2, 2, n, 8) with n ≥ 1."),
     (

@@ -53,6 +53,11 @@ OPTIONS = [
         "attention: value has head_dim 0; it must be at least 1.",
     ),
     (
+        attention(scale=float("nan")),
+        ValueError,
+        "attention: scale is nan; it must be a number.",
+    ),
+    (
         attention(window=3),
         TypeError,
         "attention: window must be two ints, (left, right), got 3.",

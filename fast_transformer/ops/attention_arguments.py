@@ -83,6 +83,8 @@ def options(op, query, batch, scale, causal, causal_offset, window, alibi_slopes
     if scale is None:
         return query.shape[-1] ** -0.5, left, right
     arguments.number(op, "scale", scale)
+    if scale != scale:
+        raise ValueError(f"{op}: scale is {scale}; it must be a number.")
     return scale, left, right
 
 

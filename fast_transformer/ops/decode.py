@@ -163,6 +163,8 @@ def _check_new(query, key_cache, value_cache, new_key, new_value):
                 f"{OP}: {side}_cache has strides {tuple(cache.stride())}; a cache that is written "
                 "must have memory of its own for every element."
             )
+    if key_cache is value_cache:
+        raise ValueError(f"{OP}: value_cache is key_cache; caches that are written must differ.")
     if new_value.shape[2] != new_key.shape[2]:
         raise ValueError(
             f"{OP}: new_value has length {new_value.shape[2]} but new_key has {new_key.shape[2]}; "
