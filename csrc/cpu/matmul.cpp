@@ -23,6 +23,8 @@ constexpr int64_t block_lanes(int64_t depth) {
 template <typename D>
 struct Plan {
   static constexpr int64_t kRows = 576;  // whole tiles of either height
+  // The matrix unit is soon done with a block of k: C, which it adds to, has to stay in L2 as well.
+  static constexpr int64_t kUnitRows = 192;
   static constexpr int64_t kPanelBytes = int64_t{384} << 10;
   // Where A's columns have to be packed for every group of panels, larger groups do it less often;
   // they want the 2 MB of L2 that processors with a matrix unit have.
@@ -46,7 +48,7 @@ struct Plan {
     const int64_t columns = FT_ISA::panels(size.n);
     const int64_t bytes = sum[0].a.strips ? kStripsPanelBytes : kPanelBytes;
     panels = std::clamp<int64_t>(bytes / std::max<int64_t>(1, panel_bytes), 1, columns);
-    rows = kRows;
+    rows = D::kInMatrixUnit && !sum[0].a.strips ? kUnitRows : kRows;
     const int64_t wanted = threads > 1 ? kUnitsPerThread * threads : 1;
     // Fewer columns a unit first: they cost a look at A, where fewer rows cost a look at B.
     const auto units = [&] { return ceil_div(size.m, rows) * ceil_div(columns, panels); };
