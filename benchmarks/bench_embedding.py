@@ -11,6 +11,7 @@ from fast_transformer.testing import EmbeddingCase, cases
 
 SUITE = "embedding"
 CASES = cases("embedding", "bench")
+PEERS = ("pytorch",)
 
 
 def contest(case: EmbeddingCase, dtype: str) -> Contest:

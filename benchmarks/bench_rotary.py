@@ -8,6 +8,7 @@ from fast_transformer.testing import RotaryCase, cases
 
 SUITE = "rotary"
 CASES = cases("rotary", "bench")
+PEERS = ("transformers", "pairs")
 
 
 def contest(case: RotaryCase, dtype: str) -> Contest:

@@ -116,7 +116,7 @@ def test_opcheck(kernels, activation):
         ("linear_act_fwd", (x, w.t(), None, activation, True)),
         ("linear_act_bwd", (pre, x, w.t(), pre, activation, True, True, True)),
         ("mlp_fwd", (x, w.t(), None, w, None, None, 2, 0.0, True)),
-        ("mlp_bwd", (x, x, w.t(), w, pre, None, 2, 0.0, True, True, True, True, True)),
+        ("mlp_bwd", (x, x, w.t(), None, w, pre, None, 2, 0.0, True, True, True, True, True)),
     ):
         torch.library.opcheck(
             getattr(torch.ops.fast_transformer, op).default,
