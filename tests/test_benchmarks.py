@@ -184,6 +184,8 @@ def small(case):
         return dataclasses.replace(case, shape=(min(B, 2), H, KV, T, 33, 16))
     if case.family == "rotary":
         return dataclasses.replace(case, shape=(2, 4, 2, 9, 40))
+    if case.op == "qkv_projection":
+        return dataclasses.replace(case, shape=(2, 9, 5, 4, 2, 6))
     return dataclasses.replace(case, shape=tuple(5 + i for i in range(len(case.shape))))
 
 
