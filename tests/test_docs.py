@@ -34,12 +34,14 @@ def test_code_of_the_readme_runs(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_code_of_relative_attention_runs(tmp_path):
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "docs/relative.md").read_text(), re.M | re.S
-    )
-    program = tmp_path / "relative.py"
-    program.write_text("\n".join(blocks) + "\nassert table.grad.abs().sum() > 0\n")
+MORE = {"relative.md": "assert table.grad.abs().sum() > 0\n"}  # behind a page's code
+CODE = {p: re.findall(r"^```python\n(.*?)^```", p.read_text(), re.M | re.S) for p in PAGES[2:]}
+
+
+@pytest.mark.parametrize("page", [p for p in CODE if CODE[p]], ids=lambda p: p.name)
+def test_code_of_the_docs_runs(page, tmp_path):
+    program = tmp_path / "page.py"
+    program.write_text("\n".join([*CODE[page], MORE.get(page.name, "")]))
     done = run(program)
     assert done.returncode == 0, done.stderr
 

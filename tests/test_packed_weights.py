@@ -112,7 +112,7 @@ def test_a_wrong_pack_is_refused(kernels):
     packed = ops.pack(torch.randn(8, 16))
     with pytest.raises(RuntimeError, match="another size, dtype or instruction set"):
         ops.packed_linear(torch.randn(2, 80), packed, None)
-    with pytest.raises(RuntimeError, match="of x's dtype"):
+    with pytest.raises(RuntimeError, match="of the input's dtype"):
         ops.packed_linear(torch.randn(2, 16), packed, torch.randn(8).bfloat16())
 
 
@@ -247,6 +247,13 @@ def test_restore_and_accelerate_again_drop_them(kernels):
     assert list(packed_parameters(fast))
     assert not list(packed_parameters(ft.accelerate(fast)))
     assert not list(packed_parameters(ft.restore(ft.accelerate(fast, inference=True))))
+
+
+def test_what_nobody_would_read_is_not_packed(kernels):
+    unread = ft.nn.GatedMLP(16, 24), ft.nn.LinearCrossEntropy(16, 30)
+    model = ft.accelerate(nn.Sequential(encoder(), *unread), inference=True)
+    held = [name for name, _, _ in packed_parameters(model)]
+    assert held and all(name.startswith("0.") for name in held)
 
 
 def test_inference_tensors_use_the_parameter(kernels):

@@ -1,5 +1,5 @@
-// What the bindings of linear layers share: checks of rows, weights and biases, and the tensors
-// that gradients go into.
+// What the bindings of linear layers and of their losses share: checks of rows, weights and biases,
+// and the tensors that gradients go into.
 #pragma once
 #include "../common/mlp.h"
 #include "tensor.h"
@@ -20,19 +20,19 @@ inline void check_rows(const char* op, const char* name, const Tensor& t, int64_
 inline void check_weight(const char* op, const char* name, const Tensor& t, int64_t in,
                          const Tensor& x) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == in && scalar_type(t) == scalar_type(x), op, ": ",
-                  name, " must be (out, ", in, ") of x's dtype");
+                  name, " must be (out, ", in, ") of the input's dtype");
 }
 inline OptionalTensor bias(const char* op, const char* name, const OptionalTensor& t, int64_t out,
                            const Tensor& x) {
   if (!t) return t;
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == out && scalar_type(*t) == scalar_type(x), op, ": ",
-                  name, " must be (", out, ",) of x's dtype");
+                  name, " must be (", out, ",) of the input's dtype");
   return t->is_contiguous() ? t : OptionalTensor(torch::stable::contiguous(*t));
 }
 // Raises unless x is a floating tensor of at least one dimension; returns its dtype.
-inline DType checked_dtype(const char* op, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension");
-  STD_TORCH_CHECK(dtype(x) != DType::kBool, op, ": x must be a floating tensor");
+inline DType checked_dtype(const char* op, const Tensor& x, const char* name = "x") {
+  STD_TORCH_CHECK(x.dim() >= 1, op, ": ", name, " must have at least one dimension");
+  STD_TORCH_CHECK(dtype(x) != DType::kBool, op, ": ", name, " must be a floating tensor");
   return dtype(x);
 }
 inline int64_t features(const Tensor& x) { return x.size(x.dim() - 1); }

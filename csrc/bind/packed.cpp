@@ -2,7 +2,7 @@
 // gradient.
 #include "../common/packed.h"
 
-#include "tensor.h"
+#include "linear.h"
 
 namespace ft::bind {
 namespace {
@@ -35,31 +35,18 @@ PackedWeight packed(const char* op, const Tensor& weight, const OptionalTensor& 
                   op, ": scale must be (", n, ",), contiguous float32");
   return {nullptr, rows_view(weight), static_cast<const float*>(scale->const_data_ptr())};
 }
-OptionalTensor bias(const char* op, const OptionalTensor& t, int64_t n, const Tensor& x) {
-  if (!t) return t;
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == n && scalar_type(*t) == scalar_type(x), op,
-                  ": a bias must be (", n, ",) of x's dtype");
-  return t->is_contiguous() ? t : OptionalTensor(torch::stable::contiguous(*t));
-}
-void check(const char* op, const Tensor& x, int64_t code) {
-  STD_TORCH_CHECK(x.dim() >= 1 && dtype(x) != DType::kBool, op,
-                  ": x must be a floating tensor of at least one dimension");
-  STD_TORCH_CHECK(code >= 0 && code <= static_cast<int64_t>(Activation::kSilu), op,
-                  ": unknown activation");
-}
 
 Tensor packed_linear(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor b,
                      int64_t out_features, int64_t code) {
   constexpr auto kOp = "packed_linear";
-  check(kOp, x, code);
   PackedLinearParams p;
-  p.dtype = dtype(x);
-  p.activation = static_cast<Activation>(code);
+  p.dtype = checked_dtype(kOp, x);
+  p.activation = activation(kOp, code);
   p.m = row_count(x);
   p.n = out_features;
-  p.k = x.size(x.dim() - 1);
+  p.k = features(x);
   p.weight = packed(kOp, weight, scale, p.n, p.k, p.dtype);
-  b = bias(kOp, b, p.n, x);
+  b = bias(kOp, "bias", b, p.n, x);
   Tensor y = empty_rows(x, p.n, scalar_type(x));
   p.x = rows_view(x);
   p.bias = data(b);
@@ -72,18 +59,17 @@ Tensor packed_mlp(Tensor x, Tensor w1, OptionalTensor scale1, OptionalTensor b1,
                   OptionalTensor scale2, OptionalTensor b2, int64_t hidden_features,
                   int64_t out_features, int64_t code) {
   constexpr auto kOp = "packed_mlp";
-  check(kOp, x, code);
   PackedMlpParams p;
-  p.dtype = dtype(x);
-  p.activation = static_cast<Activation>(code);
+  p.dtype = checked_dtype(kOp, x);
+  p.activation = activation(kOp, code);
   p.m = row_count(x);
-  p.k = x.size(x.dim() - 1);
+  p.k = features(x);
   p.f = hidden_features;
   p.n = out_features;
   p.w1 = packed(kOp, w1, scale1, p.f, p.k, p.dtype);
   p.w2 = packed(kOp, w2, scale2, p.n, p.f, p.dtype);
-  b1 = bias(kOp, b1, p.f, x);
-  b2 = bias(kOp, b2, p.n, x);
+  b1 = bias(kOp, "b1", b1, p.f, x);
+  b2 = bias(kOp, "b2", b2, p.n, x);
   Tensor y = empty_rows(x, p.n, scalar_type(x));
   p.x = rows_view(x);
   p.b1 = data(b1);

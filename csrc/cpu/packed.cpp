@@ -1,9 +1,10 @@
 // linear_act and mlp on weights that were prepared once: as the panels that the product streams, or
 // as int8 with a scale for each output. Packing costs a call about as much as reading the weight,
-// which is what few rows are bound by; int8 reads a quarter of float's bytes. 2 M N K FLOPs.
+// which is what few rows are bound by; int8 reads a quarter of the bytes of float. 2 M N K FLOPs.
 #include "../common/packed.h"
 
 #include "gradients.h"
+#include "hidden.h"
 
 namespace ft::FT_ISA {
 namespace {
@@ -25,31 +26,22 @@ void linear(const PackedLinearParams& p, const Parallel& parallel) {
       Activated<T, T>{p.activation, static_cast<const T*>(p.bias), {}, p.y, {}, 0, p.weight.scale});
 }
 
-// The hidden features of a chunk of rows stay in cache between the two products.
+// Rows are taken in chunks whose hidden matrix stays in cache, as in mlp.cpp.
 template <typename T>
 void mlp(const PackedMlpParams& p, const Parallel& parallel) {
   using D = Dot<T>;
-  constexpr int64_t kHiddenBytes = int64_t{8} << 20;
-  constexpr int64_t kLine = 64 / sizeof(Kept<T>);
-  const int64_t ld = round_up(p.f, kLine) + kLine;  // rows do not all start in one cache set
-  const int64_t most =
-      std::max<int64_t>(D::kTileRows, kHiddenBytes / (ld * static_cast<int64_t>(sizeof(Kept<T>))));
-  const int64_t chunk = std::min(most + D::kTileRows, p.m);
-  Scratch scratch(Scratch::bytes<Kept<T>>(chunk * ld));
-  const RowsView hidden{scratch.take<Kept<T>>(chunk * ld), {ld}};
-  for_chunks<D>(p.m, most, [&](int64_t begin, int64_t rows) {
-    matmul(parallel, {rows, p.f, p.k}, rows_along_k<D, T>(rows_from<T>(p.x, begin), p.k),
+  const Hidden<T> kept(p.m, p.f, kForwardBytes);
+  Scratch scratch(kept.bytes());
+  const RowsView hidden = kept.take(scratch);
+  const T *b1 = static_cast<const T*>(p.b1), *b2 = static_cast<const T*>(p.b2);
+  for_chunks<D>(p.m, kept.most, [&](int64_t begin, int64_t rows) {
+    matmul(parallel, {rows, p.f, p.k, p.m}, rows_along_k<D, T>(rows_from<T>(p.x, begin), p.k),
            columns_of<T>(p.w1),
-           Activated<T, Kept<T>>{
-               p.activation, static_cast<const T*>(p.b1), {}, hidden, {}, 0, p.w1.scale});
-    matmul(parallel, {rows, p.n, p.f}, rows_along_k<D, Kept<T>>(hidden, p.f), columns_of<T>(p.w2),
-           Activated<T, T>{Activation::kIdentity,
-                           static_cast<const T*>(p.b2),
-                           {},
-                           rows_from<T>(p.y, begin),
-                           {},
-                           0,
-                           p.w2.scale});
+           Activated<T, Kept<T>>{p.activation, b1, {}, hidden, {}, 0, p.w1.scale});
+    matmul(parallel, {rows, p.n, p.f, p.m}, rows_along_k<D, Kept<T>>(hidden, p.f),
+           columns_of<T>(p.w2),
+           Activated<T, T>{
+               Activation::kIdentity, b2, {}, rows_from<T>(p.y, begin), {}, 0, p.w2.scale});
   });
 }
 

@@ -5,11 +5,12 @@ from typing import Literal
 from torch import nn
 
 from fast_transformer.integrations import registry
-from fast_transformer.nn import MultiheadAttention
+from fast_transformer.nn import GatedMLP, LinearCrossEntropy, MultiheadAttention
 from fast_transformer.nn.packed_weights import PackedParameter, packed_parameters
 from fast_transformer.nn.plain import is_linear, plain
 
 Inference = bool | Literal["int8"]
+UNREAD = (GatedMLP, LinearCrossEntropy)  # whose ops read the parameters of their layers
 
 
 def check(inference: Inference) -> None:
@@ -21,15 +22,16 @@ def check(inference: Inference) -> None:
 
 
 def prepare(model: nn.Module, inference: Inference) -> None:
-    """Let every linear layer within a module of ours keep its weight packed, or none."""
+    """Let every linear layer that a module of ours runs keep its weight packed, or none."""
     forget(model)
     if inference is False:
         return
+    unread = {id(m) for each in model.modules() if isinstance(each, UNREAD) for m in each.modules()}
     for ours in model.modules():
         if not registry.ours(ours):
             continue
         for layer in ours.modules():
-            name = _parameter(layer)
+            name = None if id(layer) in unread else _parameter(layer)
             if name is not None and "_packed_parameter" not in layer.__dict__:
                 kept = PackedParameter(name, inference == "int8")
                 layer.__dict__["_packed_parameter"] = kept
