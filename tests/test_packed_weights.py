@@ -12,6 +12,7 @@ import fast_transformer as ft
 from fast_transformer import testing
 from fast_transformer.backends import record
 from fast_transformer.nn.packed_weights import PackedParameter, packed_parameters
+from fast_transformer.nn.plain import linear, perceptron
 from fast_transformer.ops import packed as ops
 from fast_transformer.reference import linear_act, mlp
 
@@ -190,6 +191,37 @@ def test_an_edit_is_noticed(kernels, edit):
         torch.testing.assert_close(after, plain(x))
 
 
+def test_a_parameter_at_the_address_of_another_is_noticed(kernels):
+    """Memory is given back and out again between two calls, without a change of versions."""
+    x, fast, reused = torch.randn(2, 5, 32), prepared(), 0
+    linear = first_linear(fast)
+    for _ in range(20):
+        with torch.no_grad():
+            fast(x)
+        before = linear.weight.data_ptr(), linear.weight._version
+        linear.weight = None
+        linear.weight = nn.Parameter(torch.randn(48, 32))
+        reused += before == (linear.weight.data_ptr(), linear.weight._version)
+        with torch.no_grad():
+            got = fast(x)
+            with ft.backend("reference"):
+                torch.testing.assert_close(got, fast(x))
+    assert reused
+
+
+def test_weights_that_were_rounded_on_the_way_are_noticed(kernels):
+    x, fast = torch.randn(2, 5, 32), prepared()
+    with torch.no_grad():
+        for _ in range(10):
+            for parameter in fast.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+            fast(x)
+            fast.bfloat16().float()
+            got = fast(x)
+            with ft.backend("reference"):
+                torch.testing.assert_close(got, fast(x))
+
+
 def test_an_edit_through_data_needs_repack(kernels):
     x, fast, plain = torch.randn(2, 5, 32), prepared(), ft.accelerate(encoder())
     for model in (fast, plain):
@@ -223,11 +255,30 @@ def test_where_the_parameter_itself_is_used(kernels):
     assert packed(no_grad)
     assert not packed(lambda: fast(x))  # the parameters want a gradient
     assert not packed(autocast) and not packed(on_reference)
+    weights = {name: p.detach().expand(2, *p.shape) for name, p in fast.named_parameters()}
+    transforms = {
+        "jvp": lambda: torch.func.jvp(fast, (x,), (x,)),
+        "vmap": lambda: torch.func.vmap(fast)(x[:, None]),
+        "of weights": lambda: torch.func.vmap(
+            lambda w: torch.func.functional_call(fast, w, (x,))
+        )(weights),
+    }  # fmt: skip
+    for transform in transforms.values():
+        with torch.no_grad():
+            assert not packed(transform)
     fast.train()
     assert not packed(no_grad)
     fast.eval()
     fast(x).sum().backward()
     assert first_linear(fast).weight.grad is not None
+
+
+def test_too_many_features_are_told_as_without_packing(kernels):
+    fast = prepared()
+    with torch.no_grad(), pytest.raises(ValueError, match="linear_act: weight has shape"):
+        linear(first_linear(fast), torch.randn(2, 31))
+    with torch.no_grad(), pytest.raises(ValueError, match="mlp: w1 has shape"):
+        perceptron(first_linear(fast), fast.layers[0].linear2, "gelu", torch.randn(2, 31))
 
 
 def test_copies_and_files(kernels):

@@ -73,7 +73,7 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, (..., K) → (..., N), fused when it is a plain linear layer."""
     if is_linear(module):
         weight, bias = packed_weight(module, x), module.bias
-        if weight is not None:
+        if weight is not None and _fits(module, x):
             return packed_linear(x, weight, bias)  # type: ignore[arg-type]
         return ops.linear_act(x, module.weight, bias)  # type: ignore[arg-type]
     y: Tensor = module(x)
@@ -131,7 +131,7 @@ def perceptron(
 ) -> Tensor:
     """`second(dropout(activation(first(x))))` of two plain linear layers, in one op."""
     w1, w2 = packed_weight(first, x), packed_weight(second, x)
-    if w1 is not None and w2 is not None and dropout_p == 0.0:
+    if w1 is not None and w2 is not None and dropout_p == 0.0 and _fits(first, x):
         return packed_mlp(
             x, w1, first.bias, w2, second.bias, activation=activation  # type: ignore[arg-type]
         )  # fmt: skip
@@ -139,6 +139,11 @@ def perceptron(
         x, first.weight, first.bias, second.weight, second.bias,  # type: ignore[arg-type]
         activation=activation, dropout_p=dropout_p,
     )  # fmt: skip
+
+
+def _fits(module: nn.Module, x: Tensor) -> bool:
+    """Tell whether x has the features of a linear layer; where not, the public op says it best."""
+    return x.shape[-1:] == (module.in_features,)  # type: ignore[comparison-overlap]
 
 
 def _rate(dropout: nn.Module, x: Tensor) -> tuple[Tensor, float]:

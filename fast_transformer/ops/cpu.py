@@ -45,9 +45,14 @@ def unsupported(tensors: tuple[Any, ...]) -> str | None:
                 return f"tensor subclass {type(x).__name__}"
             if not x.is_cpu:
                 return f"device {x.device.type}"
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if transformed():
         return "torch.func transforms and forward-mode derivatives"
     return None
+
+
+def transformed() -> bool:
+    """Tell whether tensors may carry what the kernels do not see, though they look plain."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _traced(x: Tensor) -> bool:
