@@ -46,7 +46,7 @@ class PackedParameter:
         ):
             return None
         held = self._held  # another thread may renew it meanwhile
-        if held is not None and held[0] == _key(weight) and not held[1].expired():
+        if held is not None and held[0] == _key(weight) and not held[1].expired():  # type: ignore[no-untyped-call]
             return held[2]
         return self.renew(module)
 
@@ -57,7 +57,7 @@ class PackedParameter:
         if key is None:
             self._held = None
             return None
-        memory = StorageWeakRef(weight.untyped_storage())
+        memory = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
         made = pack(weight, self.int8)
         self._held = key, memory, made
         return made
