@@ -94,10 +94,12 @@ def test_tables_of_the_readme_are_what_the_runs_write(tmp_path, monkeypatch):
     readme.main()
     assert copy.read_text() == once
 
-    def result(kind, step, dtype, ratio):
-        timings = {"ours": {}, "sdpa": {}, "formula": {}}
-        return {"case": kind, "kind": kind, "step": step, "dtype": dtype,
-                "ratio": ratio, "wrong": None, "timings": timings, "behind": ratio < 1}  # fmt: skip
+    def result(kind, step, dtype, ratio, suite="attention"):
+        median = {"median_seconds": 0.002}
+        timings = {"ours": median, "sdpa": median, "formula": median}
+        return {"suite": suite, "case": kind, "kind": kind, "step": step, "dtype": dtype,
+                "ratio": ratio, "wrong": None, "timings": timings, "behind": ratio < 1,
+                "best_peer": "sdpa", "unavailable": {"onnxruntime": "not installed"}}  # fmt: skip
 
     run = {
         "conditions": figures["conditions"] | {"rounds": 5},
@@ -118,3 +120,18 @@ def test_tables_of_the_readme_are_what_the_runs_write(tmp_path, monkeypatch):
     assert "| fp32, 32×128, 100% filled | 250 ms, 128 sentences/s |" in both
     readme.main()
     assert copy.read_text() == both
+
+    run["results"] += [
+        result("rms_norm", "forward", "bf16", 4.0, "norm"),
+        result("minilm 1×32", "inference", "fp32", 1.25, "models"),
+    ]
+    (tmp_path / "figures.json").write_text(json.dumps(run))
+    readme.main()
+    all_suites = copy.read_text()
+    assert "| full, forward | **2.00×** (0.50×) | **2.00×** (0.50×) |\n" in all_suites
+    assert "| rms_norm, forward |  | **4.00×** (4.00×) |\n" in all_suites
+    assert "of 8 points; PyTorch is ahead at 2." in all_suites
+    assert "| minilm 1×32 inference | fp32 | 2.0 ms | sdpa, 2.0 ms | **1.25×** |\n" in all_suites
+    assert "Without onnxruntime: not installed." in all_suites
+    readme.main()
+    assert copy.read_text() == all_suites
