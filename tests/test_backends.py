@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import fast_transformer as ft
 from fast_transformer import backends
@@ -207,3 +208,27 @@ def test_env():
     facts = ft.env()
     assert set(facts["backends"]) == set(backends.ORDER)
     assert facts["torch"] == torch.__version__ and facts["threads"] == torch.get_num_threads()
+
+
+def test_a_second_derivative_by_an_input_alone_raises(kernels):
+    """torch.autograd.grad goes only where its inputs are, so a Hessian would be zeros."""
+    w, target = torch.randn(5, 4), torch.tensor([1, 2])
+    calls = {
+        "mlp": lambda x: ft.mlp(x, w, None, w.t(), None).sum(),
+        "norm": lambda x: ft.add_norm(x, x).square().sum(),
+        "cross_entropy": lambda x: ft.cross_entropy(x, target),
+        "attention": lambda x: ft.attention(x[None, None], x[None, None], x[None, None]).sum(),
+    }  # fmt: skip
+    for op, call in calls.items():
+        with pytest.raises(RuntimeError, match=f"{op}: .*no second derivative"):
+            torch.autograd.functional.hessian(call, torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_graph_of_the_backward_goes_with_checkpoints(kernels, reentrant):
+    """Checkpoints let a saved tensor be read once."""
+    x = torch.randn(2, 4, requires_grad=True)
+    w = torch.randn(5, 4, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(ft.linear_act, x, w, use_reentrant=reentrant)
+    y.sum().backward(create_graph=True)
+    torch.testing.assert_close(w.grad, x.sum(0).expand(5, 4))

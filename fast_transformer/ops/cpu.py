@@ -97,10 +97,17 @@ def first_order(op: str):
         def guarded(ctx, *grads):
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return backward(ctx, *grads)
+            read = _ReadOnce(ctx)
             with torch.no_grad():
-                results = backward(ctx, *grads)
+                results = backward(read, *grads)
+            # what a gradient depends on: one who asks for the derivative by that gets here
+            sources = [
+                x for x in (*grads, *read.saved_tensors) if x is not None and x.requires_grad
+            ]
             return tuple(
-                None if dx is None else _NoSecondDerivative.apply(op, dx.detach().requires_grad_())
+                None
+                if dx is None
+                else _NoSecondDerivative.apply(op, dx.detach().requires_grad_(), *sources)
                 for dx in results
             )
 
@@ -109,9 +116,19 @@ def first_order(op: str):
     return decorate
 
 
+class _ReadOnce:
+    """A ctx whose saved tensors are unpacked once, as checkpointing asks."""
+
+    def __init__(self, ctx):
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name):
+        return getattr(self._ctx, name)
+
+
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, op, dx):
+    def forward(ctx, op, dx, *sources):
         ctx.op = op
         return dx.view_as(dx)
 
