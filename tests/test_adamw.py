@@ -354,3 +354,14 @@ def test_overlap_is_found():
     assert adamw._overlapping([own(0, 10), own(10, 20), own(20, 20)]) == set()
     assert adamw._overlapping([own(0, 10), own(9, 20), own(20, 30)]) == {1}
     assert adamw._overlapping([own(5, 10), own(0, 50), own(40, 60), own(60, 61)]) == {1, 2}
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_what_is_infinite_stays_so(cpu, dtype, weight_decay):
+    values = torch.tensor([-math.inf, 1.0, math.inf, math.nan], dtype=dtype).repeat(5)
+    found, expected = (torch.nn.Parameter(values.clone()) for _ in range(2))
+    for p, kind in ((found, ft.optim.AdamW), (expected, torch.optim.AdamW)):
+        p.grad = torch.zeros_like(p)
+        kind([p], weight_decay=weight_decay).step()
+    torch.testing.assert_close(found.detach(), expected.detach(), equal_nan=True)

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "parallel.h"
 #include "scratch.h"
@@ -174,7 +175,9 @@ class Step {
           largest[i] = select(before != before, before, max(before, v[i]));
         }
         const Vec step = step_size * ratio<T>(m[i], kAmsgrad ? largest[i] : v[i], correction, eps_);
-        p[i] -= fma(broadcast(decay_), p[i], step);
+        // what is infinite stays so: decayed first, it would be taken from itself
+        const Vec less = fma(broadcast(decay_), p[i], step);
+        p[i] -= select(abs(p[i]) == std::numeric_limits<float>::infinity(), step, less);
       }
       store_all<kVectors>(param + j, p, n);
       store_all<kVectors>(exp_avg + j, m, n);
