@@ -357,7 +357,7 @@ def test_overlap_is_found():
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_infinite_stays_so(cpu, dtype, weight_decay):
     values = torch.tensor([-math.inf, 1.0, math.inf, math.nan], dtype=dtype).repeat(5)
     found, expected = (torch.nn.Parameter(values.clone()) for _ in range(2))
