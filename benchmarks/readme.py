@@ -1,7 +1,7 @@
 """Writes tables into README.md: `python benchmarks/readme.py FILE…`.
 
 A file is what the demo wrote, figures.json, a run of the suite attention or decode, which has a
-table of its own, or a run of all suites; it tells which itself.
+table of its own, or a run of models or of all suites; it tells which itself.
 What stands between the markers is never edited by hand.
 """
 
@@ -145,7 +145,7 @@ def models(run: dict) -> str:
     for r in run["results"]:
         if r["suite"] != "models":
             continue
-        missing |= r["unavailable"]
+        missing |= {name: f"{reason} ({r['dtype']})" for name, reason in r["unavailable"].items()}
         name = f"{r['case']} {r['step']}".strip()
         if r["wrong"]:
             lines.append(f"| {name} | {r['dtype']} | wrong: {r['wrong']} | | |")
@@ -157,7 +157,7 @@ def models(run: dict) -> str:
         lines.append(f"| {name} | {r['dtype']} | {ours:.1f} ms | {peer} | {speed} |")
     if missing:
         absent = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
-        lines += ["", f"Without {absent}."]
+        lines += ["", f"Not everywhere took part: {absent}."]
     return "\n".join(lines)
 
 
@@ -193,9 +193,12 @@ def main() -> None:
         if "agreement" in figures:
             write("demo", demo(figures))
             continue
-        if len({r["suite"] for r in figures.get("results", ())}) > 1:
+        suites = {r["suite"] for r in figures.get("results", ())}
+        if len(suites) > 1:
             write("bench-ops", ops(figures))
+        if "models" in suites:
             write("bench-models", models(figures))
+        if len(suites) > 1 or "models" in suites:
             continue
         found = {name: rows for name, (_, rows) in TABLES.items() if of_rows(figures, rows)}
         if not found:
