@@ -39,19 +39,20 @@ PackedWeight packed(const char* op, const Tensor& weight, const OptionalTensor& 
 Tensor packed_linear(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor b,
                      int64_t out_features, int64_t code) {
   constexpr auto kOp = "packed_linear";
-  PackedLinearParams p;
+  PackedLinearParams packed_params;
+  LinearParams& p = packed_params.layer;
   p.dtype = checked_dtype(kOp, x);
   p.activation = activation(kOp, code);
   p.m = row_count(x);
   p.n = out_features;
   p.k = features(x);
-  p.weight = packed(kOp, weight, scale, p.n, p.k, p.dtype);
+  packed_params.weight = packed(kOp, weight, scale, p.n, p.k, p.dtype);
   b = bias(kOp, "bias", b, p.n, x);
   Tensor y = empty_rows(x, p.n, scalar_type(x));
   p.x = rows_view(x);
   p.bias = data(b);
   p.y = rows_view(y);
-  kernels().packed_linear(p, torch_threads());
+  kernels().packed_linear(packed_params, torch_threads());
   return y;
 }
 
@@ -59,15 +60,16 @@ Tensor packed_mlp(Tensor x, Tensor w1, OptionalTensor scale1, OptionalTensor b1,
                   OptionalTensor scale2, OptionalTensor b2, int64_t hidden_features,
                   int64_t out_features, int64_t code) {
   constexpr auto kOp = "packed_mlp";
-  PackedMlpParams p;
+  PackedMlpParams packed_params;
+  MlpParams& p = packed_params.layers;
   p.dtype = checked_dtype(kOp, x);
   p.activation = activation(kOp, code);
   p.m = row_count(x);
   p.k = features(x);
   p.f = hidden_features;
   p.n = out_features;
-  p.w1 = packed(kOp, w1, scale1, p.f, p.k, p.dtype);
-  p.w2 = packed(kOp, w2, scale2, p.n, p.f, p.dtype);
+  packed_params.w1 = packed(kOp, w1, scale1, p.f, p.k, p.dtype);
+  packed_params.w2 = packed(kOp, w2, scale2, p.n, p.f, p.dtype);
   b1 = bias(kOp, "b1", b1, p.f, x);
   b2 = bias(kOp, "b2", b2, p.n, x);
   Tensor y = empty_rows(x, p.n, scalar_type(x));
@@ -75,7 +77,7 @@ Tensor packed_mlp(Tensor x, Tensor w1, OptionalTensor scale1, OptionalTensor b1,
   p.b1 = data(b1);
   p.b2 = data(b2);
   p.y = rows_view(y);
-  kernels().packed_mlp(p, torch_threads());
+  kernels().packed_mlp(packed_params, torch_threads());
   return y;
 }
 

@@ -13,24 +13,14 @@ struct PackedWeight {
   const float* scale = nullptr;
 };
 
+// Each layer as in mlp.h, but for the weights, which stand beside it.
 struct PackedLinearParams {
-  DType dtype = DType::kFloat32;  // of x, bias and y, and of the weight that was packed
-  Activation activation = Activation::kIdentity;
-  int64_t m = 0, n = 0, k = 0;
-  RowsView x;
+  LinearParams layer;
   PackedWeight weight;
-  const void* bias = nullptr;
-  RowsView y;
 };
-
 struct PackedMlpParams {
-  DType dtype = DType::kFloat32;
-  Activation activation = Activation::kGelu;
-  int64_t m = 0, k = 0, f = 0, n = 0;
-  RowsView x;
+  MlpParams layers;
   PackedWeight w1, w2;
-  const void *b1 = nullptr, *b2 = nullptr;
-  RowsView y;
 };
 
 }  // namespace ft

@@ -2,7 +2,7 @@
 #pragma once
 #include <algorithm>
 
-#include "epilogue.h"
+#include "gradients.h"
 #include "scratch.h"
 
 namespace ft::FT_ISA {
@@ -55,6 +55,25 @@ void for_tiles(const Parallel& parallel, int64_t rows, int64_t columns, const F&
                nullptr, 0});
       }
     }
+  });
+}
+
+// The forward pass of p, whose two weights are w1 and w2, each with the scales of its outputs where
+// it is of int8.
+template <typename T>
+void two_layers(const MlpParams& p, const Parallel& parallel, const Hidden<T>& kept,
+                const Right<Dot<T>>& w1, const Right<Dot<T>>& w2, const float* scale1 = nullptr,
+                const float* scale2 = nullptr) {
+  using D = Dot<T>;
+  Scratch scratch(kept.bytes());
+  const RowsView hidden = kept.take(scratch);
+  const T *b1 = static_cast<const T*>(p.b1), *b2 = static_cast<const T*>(p.b2);
+  for_chunks<D>(p.m, kept.most, [&](int64_t begin, int64_t rows) {
+    matmul(parallel, {rows, p.f, p.k, p.m}, rows_along_k<D, T>(rows_from<T>(p.x, begin), p.k), w1,
+           Activated<T, Kept<T>>{p.activation, b1, rows_from<T>(p.pre, begin), hidden, p.dropout,
+                                 begin, scale1});
+    matmul(parallel, {rows, p.n, p.f, p.m}, rows_along_k<D, Kept<T>>(hidden, p.f), w2,
+           Activated<T, T>{Activation::kIdentity, b2, {}, rows_from<T>(p.y, begin), {}, 0, scale2});
   });
 }
 

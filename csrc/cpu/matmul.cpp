@@ -7,6 +7,17 @@
 #include "scratch.h"
 
 namespace ft::FT_ISA {
+template <typename D>
+void pack_panels(const Parallel& parallel, const Right<D>& b, int64_t first, int64_t n, int64_t k,
+                 typename D::Lane* to, int64_t stride) {
+  for_units(parallel, panels(n), [&](Units& units) {
+    for (int64_t i; units.next(i);) {
+      const int64_t at = i * kTileCols;
+      b.pack(b, first + at, std::min<int64_t>(kTileCols, n - at), 0, k, to + i * stride);
+    }
+  });
+}
+
 namespace {
 
 // Lanes of a block of k: about equal ones, whole vectors.
@@ -199,18 +210,6 @@ class Worker {
   Tile done_{};
 };
 
-// Columns [first, first + n) of B, a multiple of kTileCols from 0 on; panels `stride` lanes apart.
-template <typename D>
-void pack_panels(const Parallel& parallel, const Right<D>& b, int64_t first, int64_t n, int64_t k,
-                 typename D::Lane* to, int64_t stride) {
-  for_units(parallel, panels(n), [&](Units& units) {
-    for (int64_t i; units.next(i);) {
-      const int64_t at = i * kTileCols;
-      b.pack(b, first + at, std::min<int64_t>(kTileCols, n - at), 0, k, to + i * stride);
-    }
-  });
-}
-
 // Columns [first, first + n) of C; `packed` is B's first panel of them.
 template <typename D>
 void by_units(const Parallel& parallel, const Plan<D>& plan, const Size& size,
@@ -293,10 +292,14 @@ Packed<D>::Packed(const Parallel& parallel, const Right<D>& b, int64_t n, int64_
 template void matmul(const Parallel&, const Size&, std::span<const Product<FloatDot>>,
                      const Finish&);
 template class Packed<FloatDot>;
+template void pack_panels(const Parallel&, const Right<FloatDot>&, int64_t, int64_t, int64_t,
+                          float*, int64_t);
 #if defined(__AVX512BF16__)
 template void matmul(const Parallel&, const Size&, std::span<const Product<BFloat16Dot>>,
                      const Finish&);
 template class Packed<BFloat16Dot>;
+template void pack_panels(const Parallel&, const Right<BFloat16Dot>&, int64_t, int64_t, int64_t,
+                          uint32_t*, int64_t);
 #endif
 
 }  // namespace ft::FT_ISA

@@ -137,6 +137,11 @@ Right<D> itself(const MatrixView& w) {
 // thread keeps.
 inline constexpr int64_t kPackedBytes = int64_t{16} << 20;
 
+// Columns [first, first + n) of B, a multiple of kTileCols from 0 on; panels `stride` lanes apart.
+template <typename D>
+void pack_panels(const Parallel& parallel, const Right<D>& b, int64_t first, int64_t n, int64_t k,
+                 typename D::Lane* to, int64_t stride);  // matmul.cpp
+
 // B packed once, for several products of `m` rows each (a last one of few rows reads B itself).
 // Where that many rows would not be worth it, or B is large, it stays as it is.
 template <typename D>

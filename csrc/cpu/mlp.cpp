@@ -2,7 +2,6 @@
 // backward, which makes the hidden activation again from the pre-activation: the saved one, or one
 // made again too, for 2 M F K more.
 // Rows are taken in chunks whose hidden matrix stays in cache between the two products.
-#include "gradients.h"
 #include "hidden.h"
 
 namespace ft::FT_ISA {
@@ -12,19 +11,10 @@ template <typename T>
 void forward(const MlpParams& p, const Parallel& parallel) {
   using D = Dot<T>;
   const Hidden<T> kept(p.m, p.f, kForwardBytes);
-  Scratch scratch(kept.bytes());
-  const RowsView hidden = kept.take(scratch);
-  const T *b1 = static_cast<const T*>(p.b1), *b2 = static_cast<const T*>(p.b2);
   const int64_t chunks = ceil_div(p.m, kept.most);
   const Packed<D> w1(parallel, transpose_of<D, T>(p.w1), p.f, p.k, kept.most, chunks);
   const Packed<D> w2(parallel, transpose_of<D, T>(p.w2), p.n, p.f, kept.most, chunks);
-  for_chunks<D>(p.m, kept.most, [&](int64_t begin, int64_t rows) {
-    matmul(parallel, {rows, p.f, p.k, p.m}, rows_along_k<D, T>(rows_from<T>(p.x, begin), p.k), *w1,
-           Activated<T, Kept<T>>{p.activation, b1, rows_from<T>(p.pre, begin), hidden, p.dropout,
-                                 begin});
-    matmul(parallel, {rows, p.n, p.f, p.m}, rows_along_k<D, Kept<T>>(hidden, p.f), *w2,
-           Activated<T, T>{Activation::kIdentity, b2, {}, rows_from<T>(p.y, begin), {}, 0});
-  });
+  two_layers<T>(p, parallel, kept, *w1, *w2);
 }
 
 template <typename T>

@@ -3,7 +3,6 @@
 // which is what few rows are bound by; int8 reads a quarter of the bytes of float. 2 M N K FLOPs.
 #include "../common/packed.h"
 
-#include "gradients.h"
 #include "hidden.h"
 
 namespace ft::FT_ISA {
@@ -19,30 +18,12 @@ Right<Dot<T>> columns_of(const PackedWeight& w) {
 }
 
 template <typename T>
-void linear(const PackedLinearParams& p, const Parallel& parallel) {
+void linear(const PackedLinearParams& packed, const Parallel& parallel) {
   using D = Dot<T>;
-  matmul(
-      parallel, {p.m, p.n, p.k}, rows_along_k<D, T>(p.x, p.k), columns_of<T>(p.weight),
-      Activated<T, T>{p.activation, static_cast<const T*>(p.bias), {}, p.y, {}, 0, p.weight.scale});
-}
-
-// Rows are taken in chunks whose hidden matrix stays in cache, as in mlp.cpp.
-template <typename T>
-void mlp(const PackedMlpParams& p, const Parallel& parallel) {
-  using D = Dot<T>;
-  const Hidden<T> kept(p.m, p.f, kForwardBytes);
-  Scratch scratch(kept.bytes());
-  const RowsView hidden = kept.take(scratch);
-  const T *b1 = static_cast<const T*>(p.b1), *b2 = static_cast<const T*>(p.b2);
-  for_chunks<D>(p.m, kept.most, [&](int64_t begin, int64_t rows) {
-    matmul(parallel, {rows, p.f, p.k, p.m}, rows_along_k<D, T>(rows_from<T>(p.x, begin), p.k),
-           columns_of<T>(p.w1),
-           Activated<T, Kept<T>>{p.activation, b1, {}, hidden, {}, 0, p.w1.scale});
-    matmul(parallel, {rows, p.n, p.f, p.m}, rows_along_k<D, Kept<T>>(hidden, p.f),
-           columns_of<T>(p.w2),
-           Activated<T, T>{
-               Activation::kIdentity, b2, {}, rows_from<T>(p.y, begin), {}, 0, p.w2.scale});
-  });
+  const LinearParams& p = packed.layer;
+  matmul(parallel, {p.m, p.n, p.k}, rows_along_k<D, T>(p.x, p.k), columns_of<T>(packed.weight),
+         Activated<T, T>{
+             p.activation, static_cast<const T*>(p.bias), {}, p.y, {}, 0, packed.weight.scale});
 }
 
 }  // namespace
@@ -60,23 +41,19 @@ void pack_weight(DType dtype, int64_t n, int64_t k, const RowsView& weight, void
   with_storage(dtype, [&](auto element) {
     using T = decltype(element);
     using D = Dot<T>;
-    using Lane = typename D::Lane;
-    for_units(parallel, panels(n), [&](Units& units) {
-      for (int64_t i; units.next(i);) {
-        const int64_t at = i * kTileCols;
-        Lane* panel = static_cast<Lane*>(to) + i * panel_size<D>(k);
-        if (n - at < kTileCols) std::fill_n(panel, panel_size<D>(k), Lane{});
-        pack_transposed<D>(row<T>(weight, at), weight.stride[0],
-                           std::min<int64_t>(kTileCols, n - at), k, panel);
-      }
-    });
+    pack_panels(parallel, columns_along_k<D, T>(weight), 0, n, k,
+                static_cast<typename D::Lane*>(to), panel_size<D>(k));
   });
 }
 void packed_linear(const PackedLinearParams& p, const Parallel& parallel) {
-  with_storage(p.dtype, [&](auto element) { linear<decltype(element)>(p, parallel); });
+  with_storage(p.layer.dtype, [&](auto element) { linear<decltype(element)>(p, parallel); });
 }
 void packed_mlp(const PackedMlpParams& p, const Parallel& parallel) {
-  with_storage(p.dtype, [&](auto element) { mlp<decltype(element)>(p, parallel); });
+  with_storage(p.layers.dtype, [&](auto element) {
+    using T = decltype(element);
+    two_layers<T>(p.layers, parallel, Hidden<T>(p.layers.m, p.layers.f, kForwardBytes),
+                  columns_of<T>(p.w1), columns_of<T>(p.w2), p.w1.scale, p.w2.scale);
+  });
 }
 
 }  // namespace ft::FT_ISA
