@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from operators import check_operator
 
 import fast_transformer as ft
 from fast_transformer import backends, testing
@@ -333,16 +334,8 @@ def test_opcheck(amsgrad):
     lists = [[torch.randn(5, 3).abs(), torch.rand(2)] for _ in range(5 if amsgrad else 4)]
     lists += [] if amsgrad else [[]]
     steps = [torch.zeros(()), torch.ones(())]
-    torch.library.opcheck(
-        torch.ops.fast_transformer.adamw_.default,
-        (*lists, steps, 0.1, 0.9, 0.999, 0.01, 1e-8, 1.0),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )
-    torch.library.opcheck(
-        torch.ops.fast_transformer.sum_of_squares.default,
-        (lists[0],),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )
+    check_operator("adamw_", (*lists, steps, 0.1, 0.9, 0.999, 0.01, 1e-8, 1.0))
+    check_operator("sum_of_squares", (lists[0],))
 
 
 def test_overlap_is_found():

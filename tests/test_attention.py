@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import surrounded
 from torch.nn.functional import scaled_dot_product_attention
 
 import fast_transformer as ft
@@ -308,11 +309,6 @@ def test_keys_outside_are_never_read(backend, dtype):
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 63, 8), (65, 65, 40), (70, 333, 64)], ids=str)
 def test_nothing_around_the_inputs_is_read(cpu, shape, dtype):
-    def surrounded(x):
-        big = torch.full([n + 6 for n in x.shape], NAN, dtype=dtype)
-        inner = big[tuple(slice(3, 3 + n) for n in x.shape)]
-        return inner.copy_(x)
-
     T, S, D = shape
     q, k, v = qkv(T=T, S=S, D=D, dtype=dtype)
     bias = draw(2, T, S, dtype=dtype)

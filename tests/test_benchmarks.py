@@ -15,12 +15,8 @@ from fast_transformer.benchmarks import (
     attention_peers,
     bench_attention,
     bench_decode,
-    bench_embedding,
-    bench_loss,
-    bench_mlp,
     bench_norm,
     bench_relative,
-    bench_rotary,
     memory,
     report,
     roofline,
@@ -32,19 +28,7 @@ for needed in ("typer", "rich"):
     pytest.importorskip(needed)
 
 PROGRAM = "import sys; from fast_transformer.cli import main; sys.argv[0] = 'fast-transformer'; "
-SUITES = {
-    suite.SUITE: suite
-    for suite in (
-        bench_attention,
-        bench_relative,
-        bench_decode,
-        bench_norm,
-        bench_mlp,
-        bench_loss,
-        bench_rotary,
-        bench_embedding,
-    )
-}
+SUITES = suites.OPS
 needs_kernels = pytest.mark.skipif(
     _library.status().reason is not None, reason=f"{_library.status().reason}"
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import surrounded
 from torch.nn import functional as F
 
 import fast_transformer as ft
@@ -160,10 +161,6 @@ def test_strides(cpu, layout):
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 63, 65, 384])
 def test_nothing_around_the_inputs_is_read(cpu, width, dtype):
-    def surrounded(x):
-        big = torch.full([n + 6 for n in x.shape], NAN, dtype=dtype)
-        return big[tuple(slice(3, 3 + n) for n in x.shape)].copy_(x)
-
     inputs = arguments(C=width, dtype=dtype, dropout_p=0.2, seed=torch.tensor(4))
     expected = testing.evaluate("embedding_norm", inputs, WRT)
     around = inputs | {name: surrounded(inputs[name]) for name in WRT}

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import LAYOUTS, surrounded
+from operators import check_operator
 from torch.nn import functional as F
 
 import fast_transformer as ft
@@ -180,15 +182,6 @@ def test_empty_sizes(cpu, sizes):
     testing.check("gated_mlp", arguments(*sizes), ALL)
 
 
-LAYOUTS = {
-    "columns": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
-    "every-second-row": lambda x: x.repeat_interleave(2, 0)[::2],
-    "every-second-column": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "one-row-for-all": lambda x: x[:1].expand_as(x),
-}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("of", ALL)
 def test_strides(cpu, layout, of):
@@ -204,10 +197,6 @@ def test_strides(cpu, layout, of):
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 63, 65, 17), (70, 33, 130, 67)], ids=str)
 def test_nothing_around_the_inputs_is_read(cpu, shape, dtype):
-    def surrounded(x):
-        big = torch.full([n + 6 for n in x.shape], NAN, dtype=dtype)
-        return big[tuple(slice(3, 3 + n) for n in x.shape)].copy_(x)
-
     inputs = arguments(*shape, dtype=dtype)
     around = {name: surrounded(x) for name, x in inputs.items()}
     for options in ({}, {"recompute": True}):
@@ -273,12 +262,7 @@ def operator_calls():
 
 @pytest.mark.parametrize(("name", "arguments"), list(operator_calls()))
 def test_opcheck(kernels, name, arguments):
-    operator = getattr(torch.ops.fast_transformer, name).default
-    torch.library.opcheck(
-        operator,
-        arguments,
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )
+    check_operator(name, arguments)
 
 
 def test_autocast(cpu):

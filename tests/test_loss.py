@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import LAYOUTS, surrounded
 from torch.nn import functional as F
 
 import fast_transformer as ft
@@ -198,15 +199,6 @@ def test_only_what_needs_a_gradient_gets_one(cpu, needed, dtype):
     assert [name for name in LINEAR if inputs[name].grad is not None] == [needed]
 
 
-LAYOUTS = {
-    "columns": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
-    "every-second-row": lambda x: x.repeat_interleave(2, 0)[::2],
-    "every-second-column": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "one-row-for-all": lambda x: x[:1].expand_as(x),
-}
-
-
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(cpu, layout, dtype):
@@ -225,12 +217,6 @@ def test_strides(cpu, layout, dtype):
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 63, 65), (20, 33, 130)], ids=str)
 def test_nothing_around_the_inputs_is_read(cpu, shape, dtype):
-    def surrounded(x):
-        if not x.is_floating_point():
-            return x
-        big = torch.full([n + 6 for n in x.shape], NAN, dtype=dtype)
-        return big[tuple(slice(3, 3 + n) for n in x.shape)].copy_(x)
-
     options = {"label_smoothing": 0.1, "z_loss": 0.1, "reduction": "none"}
     M, C, V = shape
     for op, inputs, wrt in (

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from operators import check_operator
 from torch import nn
 from torch.nn import functional as F
 
@@ -299,10 +300,7 @@ def operator_calls():
 
 @pytest.mark.parametrize(("name", "arguments"), list(operator_calls()))
 def test_opcheck(kernels, name, arguments):
-    torch.library.opcheck(
-        getattr(torch.ops.fast_transformer, name).default, arguments,
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )  # fmt: skip
+    check_operator(name, arguments)
 
 
 def test_autocast(backend):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import LAYOUTS, surrounded
 from torch.nn import functional as F
 
 import fast_transformer as ft
@@ -134,15 +135,6 @@ def test_leading_dimensions(backend, lead):
     assert ft.linear_act(inputs["x"], inputs["w1"]).shape == (*lead, 16)
 
 
-LAYOUTS = {
-    "columns": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
-    "every-second-row": lambda x: x.repeat_interleave(2, 0)[::2],
-    "every-second-column": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "one-row-for-all": lambda x: x[:1].expand_as(x),
-}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("of", MLP)
 def test_strides(cpu, layout, of):
@@ -165,10 +157,6 @@ def test_strides_of_three_dimensions(cpu, layout):
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 63, 65, 17), (70, 33, 130, 67)], ids=str)
 def test_nothing_around_the_inputs_is_read(cpu, shape, dtype):
-    def surrounded(x):
-        big = torch.full([n + 6 for n in x.shape], NAN, dtype=dtype)
-        return big[tuple(slice(3, 3 + n) for n in x.shape)].copy_(x)
-
     inputs = mlp_arguments(*shape, dtype=dtype)
     options = {"dropout_p": 0.2, "seed": torch.tensor(4)}
     expected = testing.evaluate("mlp", inputs | options, MLP)

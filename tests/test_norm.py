@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import surrounded
 from torch.nn import functional as F
 
 import fast_transformer as ft
@@ -257,10 +258,6 @@ def test_strides(cpu, layout, of, norm):
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 63, 65, 384])
 def test_nothing_around_the_inputs_is_read(cpu, width, dtype, norm):
-    def surrounded(x):
-        big = torch.full([n + 6 for n in x.shape], NAN, dtype=dtype)
-        return big[tuple(slice(3, 3 + n) for n in x.shape)].copy_(x)
-
     inputs = arguments(7, width, dtype=dtype, norm=norm)
     options = {"norm": norm, "dropout_p": 0.2, "seed": torch.tensor(4), "return_sum": True}
     expected = testing.evaluate("add_norm", inputs | options, wrt(inputs))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from operators import check_operator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fast_transformer as ft
@@ -101,11 +102,7 @@ def operator_calls():
 
 @pytest.mark.parametrize(("name", "arguments"), list(operator_calls()))
 def test_opcheck(kernels, name, arguments):
-    torch.library.opcheck(
-        getattr(torch.ops.fast_transformer, name).default,
-        arguments,
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )
+    check_operator(name, arguments)
 
 
 def test_autocast_leaves_them_as_they_are(backend):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import surrounded
+from operators import check_operator
 from torch.nn import functional as F
 
 import fast_transformer as ft
@@ -160,10 +162,6 @@ def test_magnitudes(cpu, scale, dtype):
 @pytest.mark.smoke
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_nothing_around_the_inputs_is_read(cpu, dtype):
-    def surrounded(x):
-        big = torch.full([n + 6 for n in x.shape], NAN, dtype=dtype)
-        return big[tuple(slice(3, 3 + n) for n in x.shape)].copy_(x)
-
     inputs = arguments((63,), 65, 3, 1, 17, dtype)
     expected = testing.evaluate("qkv_projection", inputs, ALL)
     around = inputs | {name: surrounded(inputs[name]) for name in ALL}
@@ -234,12 +232,7 @@ def operator_calls():
 
 @pytest.mark.parametrize(("name", "arguments"), list(operator_calls()))
 def test_opcheck(kernels, name, arguments):
-    operator = getattr(torch.ops.fast_transformer, name).default
-    torch.library.opcheck(
-        operator,
-        arguments,
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
-    )
+    check_operator(name, arguments)
 
 
 def test_autocast(cpu):

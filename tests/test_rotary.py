@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import surrounded
 
 import fast_transformer as ft
 from fast_transformer import testing
@@ -219,10 +220,6 @@ def test_magnitudes(cpu, scale, dtype):
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize(("width", "rotated"), [(2, 2), (63, 42), (65, 64), (80, 20)])
 def test_nothing_around_the_inputs_is_read(cpu, width, rotated, interleaved, dtype):
-    def surrounded(x):
-        big = torch.full([n + 6 for n in x.shape], NAN, dtype=x.dtype)
-        return big[tuple(slice(3, 3 + n) for n in x.shape)].copy_(x)
-
     inputs = arguments(T=7, D=width, R=rotated, dtype=dtype)
     options = {"interleaved": interleaved}
     expected = testing.evaluate("rotary", inputs | options, ("query", "key"))
