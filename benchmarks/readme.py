@@ -105,15 +105,22 @@ def suite(run: dict, what: str, rows: dict) -> str:
         if key in found:
             cells = " | ".join(mean(found[key].get(dtype)) for dtype in dtypes)
             lines.append(f"| {name} | {cells} |")
-    c = run["conditions"]
     behind = sum(r["behind"] for r in results if not r["wrong"])
     lines += [
         "",
         f"Geometric means, in parentheses the worst point, over the fastest of {peers(results)} "
-        f"at each of {len(results)} points; PyTorch is ahead at {behind}. Medians of "
-        f"{c['rounds']} interleaved rounds, {setting(c)}, torch {c['torch']}, {c['date'][:10]}.",
+        f"at each of {len(results)} points; PyTorch is ahead at {behind}. {measured(run)}",
     ]
     return "\n".join(lines)
+
+
+def measured(run: dict) -> str:
+    """How and on what a run was timed, in a sentence."""
+    c = run["conditions"]
+    return (
+        f"Medians of {c['rounds']} interleaved rounds, {setting(c)}, torch {c['torch']}, "
+        f"{c['date'][:10]}."
+    )
 
 
 def ops(run: dict) -> str:
@@ -128,12 +135,10 @@ def ops(run: dict) -> str:
         for (kind, step), by in means(results).items():
             cells = " | ".join(mean(by.get(dtype)) for dtype in ("fp32", "bf16"))
             lines.append(f"| {kind}{', ' if step else ''}{step} | {cells} |")
-    c = run["conditions"]
     lines += [
         "",
         f"Geometric means, in parentheses the worst point, of {points} points; PyTorch is ahead at "
-        f"{behind}. Medians of {c['rounds']} interleaved rounds, {setting(c)}, torch {c['torch']}, "
-        f"{c['date'][:10]}.",
+        f"{behind}. {measured(run)}",
     ]
     return "\n".join(lines)
 
