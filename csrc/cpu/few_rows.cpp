@@ -28,11 +28,23 @@ int64_t few_columns(const Size& size, const Right<D>& b, int64_t threads) {
   return round_up(std::max(ceil_div(size.n, units), std::min(size.n, kLeastRun)), kTileCols);
 }
 
+// Hands C of all rows and columns [n, n + cols) over, a tile at a time.
+template <typename D>
+void finish_columns(const Finish& finish, int64_t rows, int64_t n, int64_t cols, const float* c,
+                    int64_t ldc) {
+  for (int64_t j = 0; j < cols; j += kTileCols) {
+    const int64_t some = std::min<int64_t>(kTileCols, cols - j);
+    for (int64_t r = 0; r < rows; r += D::kTileRows) {
+      const int64_t tall = std::min<int64_t>(D::kTileRows, rows - r);
+      finish.call(finish.context, {r, tall, n + j, some, c + r * ldc + j, ldc});
+    }
+  }
+}
+
 #if defined(__AMX_BF16__)
 // B is contiguous along k.
 void few_rows_in_unit(const Parallel& parallel, const Size& size, const uint32_t* x, int64_t x_ld,
                       const Right<BFloat16Dot>& b, const Finish& finish) {
-  constexpr int64_t kTileRows = BFloat16Dot::kTileRows;
   const int64_t k = size.k, lanes_of_x = unit_rows(size.m, k);
   Scratch scratch(Scratch::bytes<uint32_t>(lanes_of_x));
   uint32_t* packed = scratch.take<uint32_t>(lanes_of_x);
@@ -50,10 +62,7 @@ void few_rows_in_unit(const Parallel& parallel, const Size& size, const uint32_t
         columns[j] = static_cast<const bf16*>(b.column(b, n + std::min(j, cols - 1)));
       }
       dot_rows_amx(packed, size.m, k, columns, cols, copies, c, kTileCols);
-      for (int64_t r = 0; r < size.m; r += kTileRows) {
-        const int64_t rows = std::min(kTileRows, size.m - r);
-        finish.call(finish.context, {r, rows, n, cols, c + r * kTileCols, kTileCols});
-      }
+      finish_columns<BFloat16Dot>(finish, size.m, n, cols, c, kTileCols);
     }
   });
 }
@@ -94,13 +103,7 @@ void one_product(const Parallel& parallel, const Size& size, const Left<D>& a, c
         b.few(b, x, x_ld, size.m, n, cols, at, std::min(sum, size.k - at), more, each);
         for (int64_t j = 0; j < count; j += kWidth) store(c + j, load(c + j) + load(more + j));
       }
-      for (int64_t j = 0; j < cols; j += kTileCols) {
-        for (int64_t r = 0; r < size.m; r += D::kTileRows) {
-          const int64_t rows = std::min<int64_t>(D::kTileRows, size.m - r);
-          const int64_t some = std::min<int64_t>(kTileCols, cols - j);
-          finish.call(finish.context, {r, rows, n + j, some, c + r * each + j, each});
-        }
-      }
+      finish_columns<D>(finish, size.m, n, cols, c, each);
     }
   });
 }
@@ -129,9 +132,7 @@ void few_rows_of_sum(const Parallel& parallel, const Size& size, std::span<const
       finish.call(finish.context, {tile.row, tile.rows, tile.col, tile.cols, own, kTileCols});
     };
     one_product(parallel, {size.m, size.n, product.k, size.of}, product.a, product.b,
-                Finish{&add, [](const void* f, const Tile& tile) {
-                         (*static_cast<const decltype(add)*>(f))(tile);
-                       }});
+                finish_of(add));
   }
 }
 

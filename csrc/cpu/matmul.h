@@ -171,6 +171,10 @@ struct Finish {
   const void* context;
   void (*call)(const void* context, const Tile& tile);
 };
+template <typename F>
+Finish finish_of(const F& f) {
+  return {&f, [](const void* f, const Tile& tile) { (*static_cast<const F*>(f))(tile); }};
+}
 
 // A product over k elements, of which C may be a sum: C = A1 B1 + A2 B2 + …
 template <typename D>
@@ -193,9 +197,7 @@ void matmul(const Parallel& parallel, const Size& size, std::span<const Product<
 template <typename D, typename F>
 void matmul(const Parallel& parallel, const Size& size, std::span<const Product<D>> sum,
             const F& finish) {
-  matmul(parallel, size, sum, Finish{&finish, [](const void* f, const Tile& tile) {
-                                       (*static_cast<const F*>(f))(tile);
-                                     }});
+  matmul(parallel, size, sum, finish_of(finish));
 }
 template <typename D, typename F>
 void matmul(const Parallel& parallel, const Size& size, const Left<D>& a, const Right<D>& b,
